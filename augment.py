@@ -1,0 +1,174 @@
+"""Whole-batch augmentation: SimCLR's pipeline in tensor code, each sample with its own random parameters."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue in grey, as in torchvision
+RATIO, TRIES = (3 / 4, 4 / 3), 10  # of the random resized crop
+NUM_UNIFORM = 2 * TRIES + 14  # uniform numbers that one sample needs
+
+
+class Augmentation(NamedTuple):
+    """Parameters of B augmentations, in the units of torchvision's functional transforms."""
+    box: Tensor      # [B, 4] int64: top, left, height, width of the crop, pixels of the source
+    flip: Tensor     # [B] bool
+    order: Tensor    # [B, 4] int64: which of brightness 0, contrast 1, saturation 2, hue 3 comes first, second, ...
+    factors: Tensor  # [B, 4] float32 of brightness, contrast, saturation, hue; (1, 1, 1, 0) leaves the image as it is
+    grey: Tensor     # [B] bool
+    sigma: Tensor    # [B] float32, of the blur, pixels of the output
+
+
+def augmentation_parameters(uniform: Tensor, height: int, width: int, size: int,
+                            crop_scale: tuple[float, float] = (0.08, 1.0), jitter: float = 1.0) -> Augmentation:
+    """Parameters for images of height×width brought to size×size, from `uniform` [B, NUM_UNIFORM] in [0, 1).
+
+    The crop is torchvision's RandomResizedCrop: the first of ten drawn boxes that fits, else the central crop
+    of the nearest allowed ratio. The jitter (0.4, 0.4, 0.2, 0.1)·jitter is applied to 80 % of the samples, grey to 20 %.
+    """
+    area, ratio, other = uniform.split([TRIES, TRIES, NUM_UNIFORM - 2 * TRIES], dim=1)
+    area = height * width * (crop_scale[0] + (crop_scale[1] - crop_scale[0]) * area)
+    ratio = (math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()  # [B, TRIES]
+    fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
+    # The fallback is an eleventh try that always fits; argmax finds the first that does.
+    central = (min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1])))
+    first = torch.nn.functional.pad(fits.int(), (0, 1), value=1).argmax(1, keepdim=True)
+    h, w = (torch.nn.functional.pad(x, (0, 1), value=c).gather(1, first)[:, 0] for x, c in zip((h, w), central))
+    top, left, flip, apply, grey, sigma = other[:, :6].unbind(1)
+    # (1 - 2^-24)·n may round up to n, hence the minimum.
+    top, left = (torch.minimum((u * (free + 1)).floor(), free) for u, free in ((top, height - h), (left, width - w)))
+    fallback = first[:, 0] == TRIES
+    top = torch.where(fallback, (height - central[0]) // 2, top)
+    left = torch.where(fallback, (width - central[1]) // 2, left)
+
+    strengths = (0.4 * jitter, 0.4 * jitter, 0.2 * jitter, 0.1 * jitter)
+    low = [max(0.0, 1 - s) for s in strengths[:3]] + [-strengths[3]]
+    high = [1 + s for s in strengths[:3]] + [strengths[3]]
+    factors = torch.stack([torch.where(apply < 0.8, a + (b - a) * u, float(c < 3))
+                           for c, (a, b, u) in enumerate(zip(low, high, other[:, 6:10].unbind(1)))], 1)
+    return Augmentation(torch.stack([top, left, h, w], 1).long(), flip < 0.5, other[:, 10:14].argsort(dim=1, stable=True),
+                        factors, grey < 0.2, (0.1 + 1.9 * sigma) * (size / 224))
+
+
+def resize_weights(index: Tensor, start: Tensor, length: Tensor, n: int) -> Tensor:
+    """Weights [B, S, n] of antialiased bilinear resizing: pixels [start, start + length) of n to S.
+
+    `index` [B, S] is the output pixel each row stands for. A triangle over the source as wide as the step between
+    output pixels, at least one pixel, cut off at the edges of the crop: torch's `interpolate(antialias=True)`.
+    """
+    length = length[:, None, None].float()
+    scale = length / index.shape[1]
+    pixel = (torch.arange(n, device=index.device) - start[:, None])[:, None].float()  # [B, 1, n], counted from the crop
+    distance = (pixel + 0.5 - (index[:, :, None] + 0.5) * scale).div_(scale.clamp(min=1))
+    weights = (1 - distance.abs_()).clamp_(min=0).mul_((pixel >= 0) & (pixel < length))
+    return weights.div_(weights.sum(2, keepdim=True))
+
+
+def blur_weights(sigma: Tensor, size: int) -> Tensor:
+    """Weights [B, size, size] of a Gaussian blur of `sigma` [B] with reflected borders, a tenth of the image wide."""
+    reach = max(3, size // 10 | 1) // 2
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    # e^-60 is as good as nothing, and far from the denormal numbers, which are slow to multiply with.
+    kernel = torch.softmax((-0.5 * (offset / sigma[:, None]) ** 2).clamp(min=-60), 1)  # [B, k]
+    last = size - 1
+    pixel = torch.arange(size, device=sigma.device)
+    source = (last - (last - (pixel[:, None] + offset[:, None, None]).abs()).abs()).clamp(min=0)  # [k, size, 1]
+    return (kernel @ (source == pixel).float().flatten(1)).view(-1, size, size)
+
+
+def resample(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows[b] @ x[b, c] @ columns[b]^T for x [B, C, H, W], rows [B, S, H], columns [B, T, W]: [B, C, S, T], channels-last.
+
+    The channels ride along as further rows, then as further columns: two products per sample, no copies of the weights.
+    """
+    B, C, H, W = x.shape
+    x = (x.float().view(B, C * H, W) @ columns.mT).view(B, C, H, -1)
+    return (rows @ x.permute(0, 2, 3, 1).reshape(B, H, -1)).view(B, len(rows[0]), -1, C).permute(0, 3, 1, 2)
+
+
+def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
+    """x [B, 3, P] in [0, 1] with the hue of HSV moved by `turn` [B] of the full circle; value and saturation kept."""
+    r, g, b = x.unbind(1)
+    low, high = torch.minimum(torch.minimum(r, g), b), torch.maximum(torch.maximum(r, g), b)
+    chroma = high.sub_(low)
+    # Around the hexagon, with (r, g, b) scaled to reach from 0 to 1, g + b - r rises from -1 at red to 2 at cyan while
+    # g >= b, and falls again while b > g: no case for each sextant. The hue here is in sextants from cyan, -3 to 3.
+    hue = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-30)).neg_().add_(2).copysign_(b - g).add_(6 * turn[:, None])
+    hue.sub_((hue / 6).round_(), alpha=6)  # remainder_ takes as long as all the rest
+    x = torch.stack([hue.abs().sub_(1), 2 - (hue + 1).abs_(), 2 - (hue - 1).abs_()], 1)
+    return x.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
+
+
+def apply_augmentation(images: Tensor, parameters: Augmentation, size: int) -> Tensor:
+    """Augmented images, normalised float32 [B, 3, size, size] (channels-last in memory), of uint8 `images` [B, 3, H, W].
+
+    Equals torchvision's functional transforms of the same parameters on float images in [0, 1], to rounding (on CUDA
+    as far as matrix products are not allowed to round to TF32). The parameters are on the device of the images.
+    """
+    (B, _, H, W), device = images.shape, images.device
+    box, flip, order, factors, grey, sigma = parameters
+
+    def constant(*values: float) -> Tensor:  # torch.tensor(..., device="cuda") would wait for the device
+        return torch.tensor(values).to(device, non_blocking=True)
+
+    with torch.autocast(device.type, enabled=False):
+        # Random resized crop and flip.
+        top, left, height, width = box.unbind(1)
+        index = torch.arange(size, device=device).expand(B, size)
+        x = resample(images, resize_weights(index, top, height, H).div_(255),
+                     resize_weights(torch.where(flip[:, None], size - 1 - index, index), left, width, W))
+        x = x.reshape(B, 3, size * size)
+
+        # Colour. Brightness, contrast and saturation are f·x + (1-f)·reference with the reference 0, the mean of grey,
+        # or grey: a 3×3 matrix and a constant per sample. Where a sample's hue comes first, second, ... differs, and hue
+        # is costly; so every sample passes its blends before hue, hue, and its blends after, with f = 1 in idle places.
+        luma = constant(*LUMA)
+        hues_passed = (order == 3).cumsum(1)  # [B, 4]: 0 before hue's place, 1 from there on
+        f = factors.gather(1, order)
+        f = torch.cat([torch.where(hues_passed == 0, f, 1), torch.where((hues_passed == 1) & (order != 3), f, 1)], 1)
+        rest = (1 - f) * (order == 2).repeat(1, 2)
+        matrices = f[:, :, None, None] * torch.eye(3, device=device) + rest[:, :, None, None] * luma  # [B, 8, 3, 3]
+        rest = (1 - f) * (order == 1).repeat(1, 2)
+
+        def blend(x: Tensor, place: int) -> Tensor:
+            grey_mean = (x.mean(2) * luma).sum(1)
+            return torch.baddbmm((rest[:, place] * grey_mean)[:, None, None], matrices[:, place], x).clamp_(0, 1)
+
+        for place in (0, 1, 2):
+            x = blend(x, place)
+        x = shift_hue(x, factors[:, 3])
+        for place in (5, 6, 7):
+            x = blend(x, place)
+
+        # Grey and normalisation in one product; blur after it is the same, since its weights sum to one.
+        std = constant(*STD)[:, None]
+        matrix = torch.where(grey[:, None, None], luma, torch.eye(3, device=device)) / std  # [B, 3, 3]
+        x = torch.baddbmm(-constant(*MEAN)[:, None] / std, matrix, x).view(B, 3, size, size)
+        blur = blur_weights(sigma, size)
+        return resample(x, blur, blur)
+
+
+def augment(images: Tensor, size: int, generator: torch.Generator, crop_scale: tuple[float, float] = (0.08, 1.0),
+            jitter: float = 1.0) -> Tensor:
+    """One random view of each image: normalised float32 [B, 3, size, size] of uint8 `images` [B, 3, H, W].
+
+    Random resized crop, flip, colour jitter (times `jitter`, 0 to 5), grey and Gaussian blur as in SimCLR (Chen et al.,
+    ICML 2020), then ImageNet's mean and standard deviation. Each sample draws its own parameters, all of them from
+    one `torch.rand` on the generator's device: with a CPU generator they are the same whatever device the images are
+    on. Nothing waits for the device. Raises ValueError on a wrong dtype or shape, or a knob out of range.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1, got {tuple(crop_scale)}")
+    if not 0 <= jitter <= 5:
+        raise ValueError(f"jitter must be from 0 (none) to 5 (hue all around), got {jitter}")
+    uniform = torch.rand(len(images), NUM_UNIFORM, generator=generator, device=generator.device)
+    parameters = augmentation_parameters(uniform, *images.shape[2:], size, crop_scale, jitter)
+    return apply_augmentation(images, Augmentation(*(p.to(images.device, non_blocking=True) for p in parameters)), size)

@@ -1,0 +1,110 @@
+"""ResNet-18 with a projection head, and three contrastive losses. Copy this file into your project; it needs
+torch and torchvision alone.
+
+    model = ContrastiveModel()                        # images [B, 3, S, S] -> projections [B, 128]
+    loss = nt_xent(model(view1), model(view2), temperature=0.1)
+
+Every loss takes the projections z1, z2 [B, D] of the two views (row i of one is the partner of row i of the
+other; they need not be normalised), computes in float32 or better, and returns a scalar.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+
+class ContrastiveModel(nn.Module):
+    """ResNet-18 (torchvision's, last gamma of each block zero) and the head 512 -> 2048 -> 128 without biases.
+
+    The ImageNet stem (7x7, stride 2, max-pool) unless small_stem: 3x3, stride 1, no max-pool, for small images
+    (16 times the arithmetic).  forward: images [B, 3, S, S] float -> projections [B, 128], not normalised.
+    `encoder` alone gives the features [B, 512].
+    """
+
+    def __init__(self, small_stem: bool = False, hidden: int = 2048, dim: int = 128):
+        super().__init__()
+        self.encoder = resnet18(zero_init_residual=True)
+        if small_stem:
+            self.encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.encoder.maxpool = nn.Identity()
+        features = self.encoder.fc.in_features
+        self.encoder.fc = nn.Identity()
+        self.head = nn.Sequential(
+            nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
+            nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+def _similarities(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines [2B, 2B] of all views, of each row with its positive [2B], and the mask of the negatives [2B, 2B]."""
+    if z1.ndim != 2 or z1.shape != z2.shape or len(z1) < 2:
+        raise ValueError(f"z1 {tuple(z1.shape)} and z2 {tuple(z2.shape)}: give two [B, D] tensors of one shape, B >= 2")
+    with torch.autocast(z1.device.type, enabled=False):  # logits/0.1 in bfloat16 would be wrong in the first digit
+        z = torch.cat([z1, z2])
+        z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        s = z @ z.T
+    eye = torch.eye(len(z1), dtype=torch.bool, device=z.device)
+    return s, torch.cat([s.diagonal(len(z1)), s.diagonal(-len(z1))]), ~eye.repeat(2, 2)
+
+
+def _logsumexp(logits: Tensor, keep: Tensor) -> Tensor:
+    return torch.logsumexp(logits.masked_fill(~keep, -torch.inf), 1)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    """NT-Xent of SimCLR (Chen et al., ICML 2020): mean over the 2B rows of -log softmax at the positive, the
+    softmax over the other 2B - 1 rows of both views."""
+    s, positive, negatives = _similarities(z1, z2)
+    others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    return (_logsumexp(s / temperature, others) - positive / temperature).mean()
+
+
+class SogCLRLoss(nn.Module):
+    """SogCLR (Yuan et al., ICML 2022): each anchor's negatives weighted by a running estimate of their mean.
+
+    With g_i the mean of exp(s/temperature) over the 2(B-1) negatives of an anchor of sample i, the estimate
+    moves as u_i <- (1-gamma) u_i + gamma g_i, apart for the two views, and their mean is stored; a sample's
+    first visit sets it to g_i. Loss: mean over i, summed over the two views, of
+        -s(i, positive) + mean over negatives of stopgrad(exp(s/temperature) / u_i) * s.
+
+    num_samples: size of the training set.  Buffer `u` [num_samples]: the estimates, 0 where not yet visited.
+    forward(z1, z2, index): index [B] int64, distinct row numbers of the samples in the training set.
+    """
+
+    def __init__(self, num_samples: int, temperature: float = 0.1, gamma: float = 0.9):
+        super().__init__()
+        self.temperature, self.gamma = temperature, gamma
+        self.register_buffer("u", torch.zeros(num_samples))
+
+    def forward(self, z1: Tensor, z2: Tensor, index: Tensor) -> Tensor:
+        s, positive, negatives = _similarities(z1, z2)
+        count = len(s) - 2
+        with torch.no_grad():
+            weights = torch.exp(s / self.temperature) * negatives
+            g = (weights.sum(1) / count).view(2, -1)  # [2, B]
+            old = self.u[index].to(g.dtype)
+            u = torch.where(old > 0, (1 - self.gamma) * old + self.gamma * g, g)
+            self.u[index] = u.mean(0).to(self.u.dtype)
+            weights = weights / (count * u.reshape(-1, 1))
+        return ((weights * s).sum(1) - positive).mean() * 2
+
+
+def hcl(z1: Tensor, z2: Tensor, temperature: float = 0.1, tau_plus: float = 0.1, beta: float = 1.0) -> Tensor:
+    """HCL (Robinson et al., ICLR 2021): negatives n_j weighted by n_j^beta, debiased by the class prior tau_plus.
+
+    With p = exp(s+/temperature), M = 2B-2 negatives n_j = exp(s_j/temperature) and R = sum_j n_j^(1+beta) / mean(n^beta):
+        loss = mean of -log(p / (p + Ng)),  Ng = max((R - tau_plus M p) / (1 - tau_plus), M exp(-1/temperature)).
+    """
+    if not 0 <= tau_plus < 1:
+        raise ValueError(f"tau_plus is {tau_plus}; give a number from 0 up to, not including, 1")
+    s, positive, negatives = _similarities(z1, z2)
+    m, p = len(s) - 2, torch.exp(positive / temperature)
+    # R in logarithms: n^(1+beta) overflows float32 long before R does.
+    log_r = _logsumexp((1 + beta) / temperature * s, negatives) - _logsumexp(beta / temperature * s, negatives) + math.log(m)
+    ng = (torch.exp(log_r) - tau_plus * m * p) / (1 - tau_plus)
+    return torch.log1p(ng.clamp_min(m * math.exp(-1 / temperature)) / p).mean()

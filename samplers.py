@@ -1,0 +1,283 @@
+"""Mini-batches for contrastive learning, random or hard. Copy this file into your project; it needs torch and scipy.
+
+    u, v = encoder(view1), encoder(view2)                    # [n, d] each, in a random order; any scale, any device
+    batches = spectral_batches(u, v, batch_size=32, k=40)    # [n // 32, 32]: rows of u and v, hard to tell apart
+    for rows in batches:
+        loss = contrastive_loss(view1[rows], view2[rows])
+    print(batch_losses(u, v, batches).mean(), batch_losses(u, v, random_batches(len(u), 32)).mean())
+
+The algorithms of Cho et al., "Mini-Batch Optimization of Contrastive Loss" (TMLR 2024), with its letters: n pairs,
+B = batch_size, k batches at a time of which q are kept. Every selection returns int64 row numbers, the same ones
+for the same state of `generator` (None: torch's global one). Rows of u and v are scaled to length 1 here.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Generator, Tensor
+
+MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
+
+
+def _check_size(n: int, batch_size: int) -> None:
+    if not 2 <= batch_size <= n:
+        raise ValueError(f"batch_size is {batch_size} with {n} samples; give a batch_size from 2 to {n}")
+
+
+def _check(u: Tensor, v: Tensor, temperature: float, read: bool) -> None:
+    """Raises ValueError for what no sampler can use. read: look at the values as well, for which a GPU must wait."""
+    if u.ndim != 2 or u.shape != v.shape or not u.is_floating_point() or not v.is_floating_point():
+        raise ValueError(f"u is {tuple(u.shape)} {u.dtype} and v {tuple(v.shape)} {v.dtype}; "
+                         "give two floating-point [n, d] tensors of one shape, row i of v the partner of row i of u")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; give a number > 0, for instance 0.1")
+    for name, x in (("u", u), ("v", v)) if read else ():
+        # The sum, twenty times as fast, first; it may also overflow, so the rows decide.
+        total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
+        if not total.isfinite() and (count := int((~x.isfinite()).any(1).sum())):
+            raise ValueError(f"{name} has {count} of {len(x)} rows with NaN or infinity; drop them, or see why the "
+                             "encoder made them (a learning rate too high, half-precision overflow)")
+
+
+def _check_k(n: int, batch_size: int, k: int) -> None:
+    if not 1 <= k <= n // batch_size:
+        raise ValueError(f"k is {k} with {n} samples in batches of {batch_size}; give a k from 1 to {n // batch_size}, "
+                         "or more samples")
+
+
+def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1) -> Tensor:
+    """NT-Xent (Chen et al., ICML 2020) of each batch: the score of OSGD.
+
+    u, v [n, d] the two views; batches [m, B] row numbers, B >= 2.  Returns [m], on the device of u, in float32
+    (float64 for float64 input): the mean over the 2B views of -log softmax at the partner, the softmax taken over
+    the other 2B - 1 views of the cosines / temperature.  Memory is bounded by chunks; gradients flow (and then
+    keep every chunk).  Raises ValueError for wrong shapes or temperature, and, where looking does not
+    stop a GPU, that is on the CPU, for NaN, infinity and row numbers outside [0, n).
+    """
+    on_cpu = u.device.type == "cpu"
+    _check(u, v, temperature, read=on_cpu)
+    if batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64:
+        raise ValueError(f"batches is {tuple(batches.shape)} {batches.dtype}; "
+                         "give an int64 [m, B] tensor of row numbers, B >= 2")
+    if on_cpu and batches.numel() and not 0 <= batches.min() <= batches.max() < len(u):
+        raise ValueError(f"batches has row numbers from {batches.min()} to {batches.max()}; give 0 to {len(u) - 1}")
+    B, d = batches.shape[1], u.shape[1]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    # A chunk's views and logits stay in a core's cache; on a GPU larger chunks save launches.
+    chunk = max(1, (2 ** 22 if on_cpu else 2 ** 28) // (dtype.itemsize * 2 * B * (2 * B + d)))
+    losses = []
+    with torch.autocast(u.device.type, enabled=False):  # a bfloat16 logit of 10 is wrong by 0.03
+        for rows in batches.split(chunk):
+            views = [x.index_select(0, rows.reshape(-1)).view(-1, B, d) for x in (u, v)]
+            z = torch.cat(views, 1).to(dtype)  # [c, 2B, d]
+            s = z @ z.mT
+            # Lengths stand on the diagonal: scaling the logits is cheaper than scaling the views, as 2B < d.
+            scale = (s.diagonal(0, 1, 2).clamp(min=1e-24) * temperature).rsqrt()
+            # Logits less their upper bound: with exp(-2/temperature) in range, no search for the maximum is needed.
+            s = s * scale[:, :, None] * scale[:, None] - 1 / temperature  # [c, 2B, 2B]
+            positive = s.diagonal(B, 1, 2).mean(1)
+            s.diagonal(0, 1, 2).fill_(-torch.inf)
+            lse = s.exp().sum(2).log() if temperature > 0.03 else s.logsumexp(2)
+            losses.append(lse.mean(1) - positive)
+    return torch.cat(losses)
+
+
+def random_batches(n: int, batch_size: int, generator: Generator | None = None) -> Tensor:
+    """A random permutation of n samples cut into batches [n // B, B] (Algorithm 4), on the generator's device.
+
+    The n % B samples that are left over are dropped.  Raises ValueError for a batch_size outside [2, n].
+    """
+    _check_size(n, batch_size)
+    order = torch.randperm(n, generator=generator, device=generator.device if generator else "cpu")
+    return order[:n // batch_size * batch_size].view(-1, batch_size)
+
+
+def random_batches_with_replacement(m: int, n: int, batch_size: int, generator: Generator | None = None) -> Tensor:
+    """m independent, uniformly random B-subsets of n samples, [m, B] (Algorithm 3), on the generator's device.
+
+    The order inside a row is not random.  Raises ValueError for m < 1 or a batch_size outside [2, n].
+    """
+    _check_size(n, batch_size)
+    if m < 1:
+        raise ValueError(f"m is {m} batches; give 1 or more")
+    device = generator.device if generator else "cpu"
+    # Floyd's sampling, all rows at once: column c draws from 0..n-B+c and takes that last number where its draw
+    # is there already. B steps and no [m, n] table. (63 bits modulo n: uniform to one part in 2^63 / n.)
+    last = torch.arange(n - batch_size, n, device=device)
+    rows = torch.randint(2 ** 63 - 1, (m, batch_size), generator=generator, device=device) % (last + 1)
+    for c in range(1, batch_size):
+        taken = (rows[:, :c] == rows[:, c:c + 1]).any(1)
+        rows[:, c] = torch.where(taken, last[c], rows[:, c])
+    return rows
+
+
+def all_batches(n: int, batch_size: int) -> Tensor:
+    """Every B-subset of n samples, [C(n, B), B], in lexicographic order ("NcB"; Algorithm 2 scores them all).
+
+    Raises ValueError for a batch_size outside [2, n] and for a table of more than 2^27 row numbers (1 GiB).
+    """
+    _check_size(n, batch_size)
+    count = math.comb(n, batch_size)
+    if count * batch_size > MAX_INDICES:
+        raise ValueError(f"n = {n} has {count} batches of {batch_size} and at most {MAX_INDICES // batch_size} are "
+                         "listed; take a smaller n or random_batches_with_replacement")
+    rows = torch.arange(n - batch_size + 1)[:, None]
+    for c in range(1, batch_size):  # each prefix once for every next number that still leaves room for the rest
+        choices = n - batch_size + c - rows[:, -1]
+        first = choices.cumsum(0) - choices
+        rows = rows.repeat_interleave(choices, 0)
+        step = torch.arange(len(rows)) - first.repeat_interleave(choices)
+        rows = torch.cat([rows, rows[:, -1:] + 1 + step[:, None]], 1)
+    return rows
+
+
+def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: float = 0.1,
+                   lowest: bool = False) -> Tensor:
+    """Of the given batches the q of highest loss, by rising loss (with all_batches: Algorithm 2).
+
+    u, v [n, d]; batches [k, B], or [groups, k, B] to choose q in each group.  Returns [q, B] or [groups, q, B].
+    lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for q outside [1, k].
+    """
+    if batches.ndim not in (2, 3):
+        raise ValueError(f"batches is {tuple(batches.shape)}; give row numbers [k, B] or [groups, k, B]")
+    k, batch_size = batches.shape[-2:]
+    if not 1 <= q <= k:
+        raise ValueError(f"q is {q} with k = {k} batches to choose from; give a q from 1 to {k}")
+    losses = batch_losses(u.detach(), v.detach(), batches.reshape(-1, batch_size), temperature)
+    order = losses.view(batches.shape[:-1]).argsort(dim=-1, stable=True)
+    chosen = order[..., :q] if lowest else order[..., k - q:]
+    return batches.gather(-2, chosen[..., None].expand(*chosen.shape, batch_size))
+
+
+def osgd_batches(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperature: float = 0.1,
+                 lowest: bool = False) -> Tensor:
+    """Of each k consecutive batches the q of highest loss (OSGD without replacement, Algorithm 6).
+
+    u, v [n, d], already in a random order: rows 0..B-1 are the first batch, and so on.  Returns
+    [(n // B // k) * q, B] on the device of u, group by group, inside a group by rising loss; a last group of fewer
+    than k batches is dropped.  lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for a
+    batch_size outside [2, n], k * B > n, q outside [1, k].
+    """
+    _check(u, v, temperature, read=False)
+    _check_size(len(u), batch_size)
+    _check_k(len(u), batch_size, k)
+    groups = len(u) // batch_size // k
+    batches = torch.arange(groups * k * batch_size, device=u.device).view(groups, k, batch_size)
+    return select_by_loss(u, v, batches, q, temperature, lowest).flatten(0, 1)
+
+
+def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperature: float = 0.1,
+                                  lowest: bool = False, generator: Generator | None = None) -> Tensor:
+    """Of k uniformly random B-subsets the q of highest loss, by rising loss (one step of OSGD, Algorithm 5).
+
+    u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B here.  lowest and ValueErrors as osgd_batches.
+    """
+    _check(u, v, temperature, read=False)
+    if k < 1:
+        raise ValueError(f"k is {k}; draw 1 batch or more")
+    batches = random_batches_with_replacement(k, len(u), batch_size, generator)
+    return select_by_loss(u, v, batches.to(u.device), q, temperature, lowest)
+
+
+def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float = 0.1) -> Tensor:
+    """Edge weights W [n, n] of the graph whose heavy clusters are hard batches (Algorithm 1).
+
+    With unit rows divided by sqrt(temperature) and f(x) = log(1 + (B-1) e^x),
+        w(k, l) = sum over (i, j) in {(k, l), (l, k)} of f(u_i.v_j - u_i.v_i) + f(v_i.u_j - v_i.u_i):
+    the sum of w inside a batch, over B(B-1), bounds its InfoNCE loss from below.  Symmetric, zero diagonal, on the
+    device of u, float32 (float64 for float64 input).  Raises ValueError for wrong shapes or temperature, NaN, B < 2.
+    """
+    _check(u, v, temperature, read=True)
+    if batch_size < 2:
+        raise ValueError(f"batch_size is {batch_size}; give 2 or more")
+    with torch.autocast(u.device.type, enabled=False):
+        u, v = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (u, v))
+        s = (u @ v.T) / temperature
+        own = s.diagonal() - math.log(batch_size - 1)
+        w = F.softplus(s - own[:, None]) + F.softplus(s - own)
+        return (w + w.T).fill_diagonal_(0)
+
+
+def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
+                     generator: Generator | None = None) -> Tensor:
+    """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
+
+    u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split into
+    batches of exactly B, so that every row is in one batch; the last n % B rows are dropped.  Returns [n // B, B] on
+    the device of u.  Works in float32 with memory O((k B)^2).  Raises ValueError for wrong shapes, NaN,
+    temperature <= 0, a batch_size outside [2, n], k * B > n.
+    """
+    _check(u, v, temperature, read=True)
+    _check_size(len(u), batch_size)
+    _check_k(len(u), batch_size, k)
+    whole = len(u) // batch_size * batch_size
+    u, v = u.detach().float(), v.detach().float()
+    batches = []
+    for start in range(0, whole, k * batch_size):
+        window = slice(start, min(start + k * batch_size, whole))
+        w = spectral_affinity(u[window], v[window], batch_size, temperature)
+        batches.append(start + _balanced_clusters(w, batch_size, generator))
+    return torch.cat(batches).to(u.device)
+
+
+def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Tensor:
+    """Rows of the affinity w [n, n] in clusters of exactly `size`, [n // size, size]."""
+    n, k = len(w), len(w) // size
+    if k == 1:
+        return torch.arange(n)[None]
+    device = generator.device if generator else "cpu"
+    with torch.autocast(w.device.type, enabled=False):
+        # Largest eigenpairs of D^-1/2 W D^-1/2 by subspace iteration: after 4 products the batches are as hard as
+        # with exact eigenvectors, to 1 %, in a tenth of the time. The extra columns make few clusters exact too.
+        half = w.sum(1, keepdim=True).clamp(min=1e-30).rsqrt()
+        x = torch.randn(n, min(n, k + 8), generator=generator, device=device).to(w.device)
+        for _ in range(4):
+            x = torch.linalg.qr(half * (w @ (half * x)))[0]
+        values, rotation = torch.linalg.eigh(x.T @ (half * (w @ (half * x))))
+        # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows are the
+        # closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less in the distances.
+        x = (x @ rotation[:, -k:-1] * values[-k:-1].clamp(min=0).sqrt()).cpu()  # [n, k-1]; small from here on
+        # k-means++ (Arthur & Vassilvitskii, 2007): the next centre with probability by squared distance.
+        draws = torch.rand(k, generator=generator, device=device).cpu()
+        distance, chosen = torch.full((n,), torch.inf), []
+        for draw in draws:
+            total = (distance if chosen else torch.ones(n)).cumsum(0)
+            # With fewer distinct points than centres every distance ends at 0, and the clamp takes the last row.
+            chosen.append(torch.searchsorted(total, draw * total[-1], right=True).clamp(max=n - 1))
+            distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
+        centres = x[torch.stack(chosen)]
+        for _ in range(10):  # Lloyd; further rounds add less than 1 %
+            member = F.one_hot((2 * x @ centres.T - centres.square().sum(1)).argmax(1), k).float()
+            count = member.sum(0)[:, None]
+            centres = torch.where(count > 0, member.T @ x / count.clamp(min=1), centres)
+        label = _assign(2 * x @ centres.T - centres.square().sum(1), size)
+    return label.argsort(stable=True).view(k, size)
+
+
+def _assign(gain: Tensor, size: int) -> Tensor:
+    """Labels [n] from gain [n, k], each of the k given to exactly `size` = n / k rows, of (nearly) the greatest sum.
+
+    Prices on the labels at which demand meets supply turn the assignment into each row's own choice. Sinkhorn
+    iterations find them up to a few rows; those, and the rows nearest to changing their minds, are then
+    assigned optimally: 320 rows (all of them, and so exactly, if n <= 320), where all 1,280 take ten times as long.
+    """
+    n, k = gain.shape
+    gain = gain / gain.std().clamp(min=1e-12)
+    price = torch.zeros(k)
+    for step in range(20):
+        heat = max(0.05, 0.5 * 0.8 ** step)
+        demand = torch.softmax((gain - price) / heat, 1).sum(0)
+        price += heat * (demand / size).clamp(min=1e-9).log()
+    gain = gain - price
+    best, labels = gain.topk(2, 1)
+    label = labels[:, 0]
+    order = (best[:, 1] - best[:, 0]).argsort(stable=True)  # surest first
+    order = order[label[order].argsort(stable=True)]
+    count = torch.bincount(label, minlength=k)
+    rank = torch.empty_like(label)
+    rank[order] = torch.arange(n) - (count.cumsum(0) - count)[label[order]]  # of a row among those of its label
+    loose = rank >= size - max(1, 320 // k)
+    slots = torch.arange(k).repeat_interleave(size - torch.bincount(label[~loose], minlength=k))
+    label[loose] = slots[torch.from_numpy(linear_sum_assignment(gain[loose][:, slots].numpy(), maximize=True)[1])]
+    return label

@@ -1,0 +1,360 @@
+"""Tests of samplers.py: reference values, closed forms, brute force, properties, bad input.
+
+    python -m pytest test_samplers.py
+
+test_reference.npz, beside this file, holds inputs and values computed in float64 by an independent implementation.
+"""
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from samplers import (_assign, all_batches, batch_losses, osgd_batches, osgd_batches_with_replacement, random_batches,
+                      random_batches_with_replacement, select_by_loss, spectral_affinity, spectral_batches)
+
+
+REFERENCE = np.load(Path(__file__).parent / "test_reference.npz")
+REF = {key: torch.from_numpy(REFERENCE[key]) for key in REFERENCE if key.startswith(("ntxent_z", "affinity", "osgd"))}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def views(n: int, d: int = 16, seed: int = 0, noise: float = 0.5, dtype=torch.float64) -> tuple:
+    u, e = torch.randn(2, n, d, generator=seeded(seed), dtype=dtype)
+    return u, u + noise * e
+
+
+def clustered(k: int, size: int, noise: float, seed: int = 0, d: int = 32) -> tuple:
+    """Two views of k clusters of `size` rows each around random centres, shuffled, and the rows' clusters."""
+    g = seeded(seed)
+    label = torch.arange(k).repeat_interleave(size)[torch.randperm(k * size, generator=g)]
+    x = torch.randn(k, d, generator=g)[label]
+    return *(x + noise * torch.randn(x.shape, generator=g) for _ in range(2)), label
+
+
+def nt_xent_by_loops(u, v, temperature: float) -> float:
+    z = [x / x.norm() for x in (*u, *v)]
+    B, loss = len(u), 0.0
+    for i in range(2 * B):
+        logit = [float(z[i] @ z[j]) / temperature for j in range(2 * B)]
+        loss -= logit[(i + B) % (2 * B)] - math.log(sum(math.exp(logit[j]) for j in range(2 * B) if j != i))
+    return loss / (2 * B)
+
+
+# ---------------------------------------------------------------------------- losses
+
+def test_batch_losses_reference():
+    loss = batch_losses(REF["ntxent_z1"], REF["ntxent_z2"], torch.arange(8)[None], 0.1)
+    assert loss.dtype == torch.float64 and abs(loss.item() - REFERENCE["ntxent_loss"]) < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02, 2.0])
+def test_batch_losses_against_loops(temperature):
+    u, v = views(20, 6)
+    batches = torch.tensor([[3, 1, 19], [0, 5, 7], [7, 5, 0]])
+    expected = torch.tensor([nt_xent_by_loops(u[b], v[b], temperature) for b in batches], dtype=torch.float64)
+    torch.testing.assert_close(batch_losses(u, v, batches, temperature), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(batch_losses(7 * u, v / 5, batches, temperature), expected, rtol=1e-9, atol=1e-9)
+    single = batch_losses(u.float(), v.float(), batches, temperature)
+    torch.testing.assert_close(single, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.01, 1e-3])
+def test_batch_losses_closed_forms(temperature):
+    same = torch.ones(6, 3)
+    loss = batch_losses(same, same, torch.arange(6)[None], temperature)
+    torch.testing.assert_close(loss, torch.tensor([math.log(11)]), rtol=1e-4, atol=1e-4)
+    # Four views at the corners of a tetrahedron: all logits alike, however far below 1/temperature.
+    z = torch.tensor([[1., 1., 1.], [1., -1., -1.], [-1., 1., -1.], [-1., -1., 1.]])
+    tetrahedron = batch_losses(z[:2], z[2:], torch.tensor([[0, 1]]), temperature).item()
+    assert tetrahedron == pytest.approx(math.log(3), rel=1e-3)
+    # Two antipodal pairs: the partner at cosine 1, the two others at -1.
+    u, pair = torch.tensor([[1., 2.], [-1., -2.]], dtype=torch.float64), torch.tensor([[0, 1]])
+    small = math.log1p(2 * math.exp(-2 / temperature))
+    assert batch_losses(u, u, pair, temperature).item() == pytest.approx(small, rel=1e-6, abs=1e-11)
+    # Partners opposed: the partner at -1, the others at 1 and -1.
+    assert batch_losses(u, -u, pair, temperature).item() == pytest.approx(2 / temperature + small, rel=1e-9)
+
+
+def test_batch_losses_in_chunks_equal_those_one_by_one():
+    u, v = views(4000, 128, dtype=torch.float32)  # 125 batches of 32, several chunks
+    batches = random_batches(4000, 32, seeded())
+    losses = batch_losses(u, v, batches)
+    torch.testing.assert_close(losses, torch.cat([batch_losses(u, v, b[None]) for b in batches]))
+    assert losses.std() > 0
+
+
+def test_batch_losses_gradients():
+    u, v = (x.requires_grad_() for x in views(8, 5))
+    batches = torch.tensor([[0, 1, 2], [2, 6, 7]])
+    assert torch.autograd.gradcheck(lambda u, v: batch_losses(u, v, batches, 0.3), (u, v))
+    gradient = torch.autograd.grad(batch_losses(u, v, batches, 0.3).sum(), u)[0]
+    assert (gradient[[3, 4, 5]] == 0).all() and (gradient[[0, 1, 2, 6, 7]].norm(dim=1) > 0).all()
+
+
+def test_batch_losses_half_precision_and_autocast():
+    u, v = views(64, dtype=torch.float32)
+    batches = random_batches(64, 8, seeded())
+    expected = batch_losses(u.half().float(), v.half().float(), batches)
+    losses = batch_losses(u.half(), v.half(), batches)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(batch_losses(u, v, batches), batch_losses(u, v, batches).float())
+        torch.testing.assert_close(batch_losses(u.half().float(), v.half().float(), batches), expected)
+        torch.testing.assert_close(spectral_affinity(u, v, 8), spectral_affinity(u.double(), v.double(), 8).float())
+
+
+# ---------------------------------------------------------------------------- which subsets
+
+@pytest.mark.parametrize("n, B", [(5, 2), (6, 3), (7, 7), (20, 4), (12, 11)])
+def test_all_batches(n, B):
+    assert torch.equal(all_batches(n, B), torch.tensor(list(itertools.combinations(range(n), B))))
+
+
+def test_random_batches():
+    b = random_batches(103, 8, seeded(1))
+    assert b.shape == (12, 8) and b.dtype == torch.int64 and b.unique().numel() == 96 and 0 <= b.min() and b.max() < 103
+    assert torch.equal(b, random_batches(103, 8, seeded(1))) and not torch.equal(b, random_batches(103, 8, seeded(2)))
+    g = seeded()
+    assert torch.cat([random_batches(103, 8, g) for _ in range(20)]).unique().numel() == 103  # the dropped rows vary
+    torch.manual_seed(5)
+    a = random_batches(50, 5)
+    torch.manual_seed(5)
+    assert torch.equal(a, random_batches(50, 5))
+
+
+@pytest.mark.parametrize("n, B", [(6, 2), (6, 4), (5, 5), (7, 3)])
+def test_random_batches_with_replacement_is_uniform(n, B):
+    m, subsets = 20_000, math.comb(n, B)
+    b = random_batches_with_replacement(m, n, B, seeded())
+    count = np.unique((2 ** b).sum(1).numpy(), return_counts=True)[1]
+    assert len(count) == subsets and ((2 ** b).sum(1) < 2 ** n).all()  # B distinct numbers: a sum for each subset
+    chi2 = ((count - m / subsets) ** 2 / (m / subsets)).sum()
+    assert chi2 < subsets - 1 + 4 * math.sqrt(2 * subsets) and all(len(set(row.tolist())) == B for row in b[:500])
+
+
+def test_random_batches_with_replacement_large():
+    b = random_batches_with_replacement(1500, 100_000, 32, seeded(3))
+    assert b.shape == (1500, 32) and b.dtype == torch.int64 and 0 <= b.min() and b.max() < 100_000
+    assert (b.sort(1)[0].diff(dim=1) > 0).all()
+    assert abs(b.double().mean() - 49_999.5) < 4 * 100_000 / math.sqrt(12 * b.numel())
+    assert torch.equal(b, random_batches_with_replacement(1500, 100_000, 32, seeded(3)))
+    assert not torch.equal(b, random_batches_with_replacement(1500, 100_000, 32, seeded(4)))
+
+
+# ---------------------------------------------------------------------------- OSGD
+
+def test_osgd_reference():
+    # 99 rows are 12 batches of 8 and a rest; of each 6 the hardest two, the hardest last.
+    k, q = REF["osgd_k_q"].tolist()
+    assert torch.equal(osgd_batches(REF["osgd_u"], REF["osgd_v"], 8, k, q), REF["osgd_batches"])
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_osgd_against_loops(lowest):
+    u, v = views(47, 6)
+    B, k, q = 4, 5, 2  # 11 batches and 3 rows; two groups, one batch left
+    expected = []
+    for group in range(2):
+        batches = [torch.arange(s, s + B) for s in range(group * k * B, (group + 1) * k * B, B)]
+        batches.sort(key=lambda b: nt_xent_by_loops(u[b], v[b], 0.2))
+        expected += batches[:q] if lowest else batches[-q:]
+    assert torch.equal(osgd_batches(u, v, B, k, q, 0.2, lowest), torch.stack(expected))
+    assert len(osgd_batches(u, v, B, 11, 11)) == 11
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_osgd_with_replacement(lowest):
+    u, v = views(9)
+    drawn = random_batches_with_replacement(40, 9, 3, seeded(7))  # k B may exceed n
+    losses = batch_losses(u, v, drawn, 0.2)
+    b = osgd_batches_with_replacement(u, v, 3, 40, 6, 0.2, lowest, seeded(7))
+    assert b.shape == (6, 3)
+    expected = losses.sort()[0][:6] if lowest else losses.sort()[0][-6:]
+    torch.testing.assert_close(batch_losses(u, v, b, 0.2), expected)
+    assert {tuple(r) for r in b.tolist()} <= {tuple(r) for r in drawn.tolist()}
+    assert torch.equal(b, osgd_batches_with_replacement(u, v, 3, 40, 6, 0.2, lowest, seeded(7)))
+    assert not torch.equal(b, osgd_batches_with_replacement(u, v, 3, 40, 6, 0.2, lowest, seeded(8)))
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_select_by_loss_among_all_batches(lowest):
+    u, v = views(7)
+    chosen = select_by_loss(u, v, all_batches(7, 3), 4, 0.2, lowest)
+    ranked = sorted(itertools.combinations(range(7), 3), key=lambda b: nt_xent_by_loops(u[[*b]], v[[*b]], 0.2))
+    assert chosen.tolist() == [list(b) for b in (ranked[:4] if lowest else ranked[-4:])]
+
+
+# ---------------------------------------------------------------------------- spectral
+
+def test_affinity_reference():
+    w = spectral_affinity(REF["affinity_u"], REF["affinity_v"], batch_size=8, temperature=0.1)
+    expected = REF["affinity_w"].clone().fill_diagonal_(0)  # there the diagonal was not emptied
+    assert w.dtype == torch.float64 and (w - expected).abs().max() < 1e-9
+
+
+def test_affinity_against_loops():
+    u, v = views(6, 4)
+    w = spectral_affinity(3 * u, v, 5, 0.2)
+    x, y = (F.normalize(a, dim=1) / math.sqrt(0.2) for a in (u, v))
+    for k, l in itertools.product(range(6), repeat=2):
+        expected = 0.0
+        for i, j in ((k, l), (l, k)) if k != l else ():
+            expected += math.log(1 + 4 * math.exp(x[i] @ y[j] - x[i] @ y[i]))
+            expected += math.log(1 + 4 * math.exp(y[i] @ x[j] - y[i] @ x[i]))
+        assert w[k, l].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_affinity_of_large_logits_is_finite():
+    u, v = views(6, dtype=torch.float32)
+    w = spectral_affinity(u, -v, 4, 1e-4)  # differences of some 10^4: log(1 + e^x) is x
+    u, v = F.normalize(u.double(), dim=1), F.normalize(-v.double(), dim=1)
+    s = u @ v.T / 1e-4
+    x = (s - s.diag()[:, None]).clamp(min=0) + (s - s.diag()).clamp(min=0)
+    torch.testing.assert_close(w.double(), x + x.T, rtol=1e-3, atol=5)
+
+
+@pytest.mark.parametrize("n, k", [(12, 3), (60, 6), (640, 20)])
+def test_assignment_against_the_optimum(n, k):
+    from scipy.optimize import linear_sum_assignment
+    gain = torch.randn(n, k, generator=seeded(n)) + torch.linspace(0, 2, k)  # the last labels are in demand
+    label = _assign(gain, n // k)
+    assert (torch.bincount(label, minlength=k) == n // k).all()
+    rows, columns = linear_sum_assignment(gain.repeat_interleave(n // k, 1).numpy(), maximize=True)
+    best = gain[rows, torch.from_numpy(columns) // (n // k)].sum().item()
+    assert gain[torch.arange(n), label].sum().item() == pytest.approx(best, rel=1e-6 if n <= 320 else 2e-3)
+
+
+@pytest.mark.parametrize("k, size, seed", [(2, 16, 0), (8, 2, 1), (10, 8, 2), (40, 32, 3)])
+def test_spectral_recovers_a_planted_partition(k, size, seed):
+    u, v, label = clustered(k, size, 0.1, seed)
+    b = spectral_batches(u, v, size, k, generator=seeded(seed))
+    assert (label[b] == label[b][:, :1]).all() and label[b][:, 0].unique().numel() == k
+
+
+def test_spectral_is_harder_than_random_window_by_window():
+    u, v, _ = clustered(12, 40, 0.8)  # the 480 rows do not fit the windows of 8 * 16 rows
+    b = spectral_batches(u, v, 16, 8, generator=seeded())
+    for w in range(4):
+        rows = b[8 * w:8 * w + 8]
+        assert torch.equal(rows.flatten().sort()[0], torch.arange(128 * w, min(128 * w + 128, 480)))
+        random = rows.flatten()[random_batches(rows.numel(), 16, seeded(w))]
+        assert batch_losses(u, v, rows).mean() > batch_losses(u, v, random).mean() + 0.5
+
+
+@pytest.mark.parametrize("kind", ["distinct", "identical", "duplicates", "zeros"])
+@pytest.mark.parametrize("n, B, k", [(2, 2, 1), (4, 2, 1), (4, 2, 2), (4, 4, 1), (11, 3, 3), (33, 2, 7), (64, 32, 2),
+                                     (100, 32, 2)])
+def test_spectral_partitions(n, B, k, kind):
+    u, v = views(n, 8, dtype=torch.float32)
+    if kind != "distinct":
+        rows = torch.arange(n) % (1 if kind == "identical" else 2)
+        u, v = u[rows] * (kind != "zeros"), v[rows] * (kind != "zeros")
+    b = spectral_batches(u, v, B, k, generator=seeded())
+    assert b.shape == (n // B, B) and b.dtype == torch.int64
+    assert torch.equal(b.flatten().sort()[0], torch.arange(n // B * B))
+
+
+def test_spectral_generator_decides():
+    u, v = views(96, dtype=torch.float32)
+    first = spectral_batches(u, v, 8, 12, generator=seeded(1))
+    assert torch.equal(first, spectral_batches(u, v, 8, 12, generator=seeded(1)))
+    assert not torch.equal(first, spectral_batches(u, v, 8, 12, generator=seeded(2)))
+    torch.manual_seed(3)
+    a = spectral_batches(u, v, 8, 12)
+    torch.manual_seed(3)
+    assert torch.equal(a, spectral_batches(u, v, 8, 12))
+
+
+# ---------------------------------------------------------------------------- devices and bad input
+
+def test_no_device_slip_and_no_value_read_back():
+    with FakeTensorMode():
+        u, v = (torch.randn(50, 8, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        batches = torch.zeros(7, 4, dtype=torch.int64, device="cuda")
+        losses = batch_losses(u, v, batches)
+        assert losses.device.type == "cuda" and losses.shape == (7,) and losses.dtype == torch.float32
+        b = osgd_batches(u, v, 4, 6, 2)
+        assert b.device.type == "cuda" and b.shape == (4, 4)
+        b = osgd_batches_with_replacement(u, v, 4, 6, 2)
+        assert b.device.type == "cuda" and b.shape == (2, 4)
+        with pytest.raises(Exception, match="device"):  # a tensor on each device: the mode does notice
+            batch_losses(u, v, torch.zeros(7, 4, dtype=torch.int64))
+        with pytest.raises(Exception, match="device"):
+            batch_losses(u, torch.randn(50, 8, dtype=torch.bfloat16), batches)
+        with pytest.raises(DataDependentOutputException):  # and a value read back
+            bool(losses.sum() > 0)
+
+
+U, V = views(20)
+NAN = U.clone()
+NAN[3, 1], NAN[5, 1] = math.nan, math.inf
+ROWS = torch.arange(20).view(5, 4)
+EVERY = {
+    "losses": lambda u, v, t: batch_losses(u, v, ROWS, t),
+    "osgd": lambda u, v, t: osgd_batches(u, v, 4, 5, 2, t),
+    "replacement": lambda u, v, t: osgd_batches_with_replacement(u, v, 4, 5, 2, t),
+    "affinity": lambda u, v, t: spectral_affinity(u, v, 4, t),
+    "spectral": lambda u, v, t: spectral_batches(u, v, 4, 5, t),
+}
+
+
+def refused(call, *parts: str) -> None:
+    """call raises a ValueError of one line that has all the parts."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bad_embeddings_are_refused(name):
+    call = EVERY[name]
+    call(U, V, 0.1)
+    refused(lambda: call(U, V[:19], 0.1), "(20, 16)", "(19, 16)", "one shape")
+    refused(lambda: call(U[0], V[0], 0.1), "(16,)", "[n, d]")
+    refused(lambda: call(U.long(), V, 0.1), "int64", "floating-point")
+    refused(lambda: call(NAN, V, 0.1), "u has 2 of 20 rows", "NaN")
+    refused(lambda: call(U, NAN, 0.1), "v has 2 of 20 rows", "NaN")
+    for temperature in (0, -0.5, math.nan, math.inf):
+        refused(lambda: call(U, V, temperature), f"temperature is {temperature}", "> 0")
+    assert call(1e37 * U.float().sign(), V.float(), 0.1) is not None  # a sum beyond float32 is no infinity
+
+
+@pytest.mark.parametrize("B", [-1, 0, 1, 21])
+def test_bad_batch_sizes_are_refused(B):
+    for call in (lambda: random_batches(20, B), lambda: random_batches_with_replacement(3, 20, B),
+                 lambda: all_batches(20, B), lambda: osgd_batches(U, V, B, 1, 1),
+                 lambda: osgd_batches_with_replacement(U, V, B, 1, 1), lambda: spectral_batches(U, V, B, 1)):
+        refused(call, f"batch_size is {B} with 20 samples", "from 2 to 20")
+    if B < 2:
+        refused(lambda: spectral_affinity(U, V, B), f"batch_size is {B}", "2 or more")
+
+
+def test_bad_k_and_q_are_refused():
+    for k in (6, 0):
+        refused(lambda: osgd_batches(U, V, 4, k, 1), f"k is {k} with 20 samples in batches of 4", "from 1 to 5")
+        refused(lambda: spectral_batches(U, V, 4, k), f"k is {k} with 20 samples in batches of 4", "from 1 to 5")
+    refused(lambda: osgd_batches_with_replacement(U, V, 4, 0, 1), "k is 0", "1 batch or more")
+    for q in (3, 0):
+        refused(lambda: osgd_batches(U, V, 4, 2, q), f"q is {q} with k = 2", "from 1 to 2")
+        refused(lambda: osgd_batches_with_replacement(U, V, 4, 2, q), f"q is {q} with k = 2", "from 1 to 2")
+        refused(lambda: select_by_loss(U, V, ROWS[:2], q), f"q is {q} with k = 2", "from 1 to 2")
+
+
+def test_other_bad_input_is_refused():
+    refused(lambda: all_batches(100, 10), str(math.comb(100, 10)), str(2 ** 27 // 10), "smaller n")
+    refused(lambda: random_batches_with_replacement(0, 20, 4), "m is 0", "1 or more")
+    refused(lambda: batch_losses(U, V, ROWS[0]), "(4,)", "[m, B]")
+    refused(lambda: select_by_loss(U, V, ROWS[0], 1), "(4,)", "[k, B]")
+    refused(lambda: batch_losses(U, V, ROWS[:, :1]), "(5, 1)", "B >= 2")
+    refused(lambda: batch_losses(U, V, ROWS.float()), "float32", "int64")
+    refused(lambda: batch_losses(U, V, ROWS + 1), "from 1 to 20", "0 to 19")
+    refused(lambda: batch_losses(U, V, ROWS - 1), "from -1 to 18", "0 to 19")
