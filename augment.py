@@ -9,6 +9,7 @@ from torch import Tensor
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue in grey, as in torchvision
 RATIO, TRIES = (3 / 4, 4 / 3), 10  # of the random resized crop
+PIECE = 2**19  # output pixels augmented at a time on a CPU
 NUM_UNIFORM = 2 * TRIES + 14  # uniform numbers that one sample needs
 
 
@@ -27,7 +28,7 @@ def augmentation_parameters(uniform: Tensor, height: int, width: int, size: int,
     """Parameters for images of height×width brought to size×size, from `uniform` [B, NUM_UNIFORM] in [0, 1).
 
     The crop is torchvision's RandomResizedCrop: the first of ten drawn boxes that fits, else the central crop
-    of the nearest allowed ratio. The jitter (0.4, 0.4, 0.2, 0.1)·jitter is applied to 80 % of the samples, grey to 20 %.
+    of the nearest allowed ratio. Colour jitter (0.4, 0.4, 0.2, 0.1)·jitter is for 80 % of the samples, grey for 20 %.
     """
     area, ratio, other = uniform.split([TRIES, TRIES, NUM_UNIFORM - 2 * TRIES], dim=1)
     area = height * width * (crop_scale[0] + (crop_scale[1] - crop_scale[0]) * area)
@@ -50,8 +51,9 @@ def augmentation_parameters(uniform: Tensor, height: int, width: int, size: int,
     high = [1 + s for s in strengths[:3]] + [strengths[3]]
     factors = torch.stack([torch.where(apply < 0.8, a + (b - a) * u, float(c < 3))
                            for c, (a, b, u) in enumerate(zip(low, high, other[:, 6:10].unbind(1)))], 1)
-    return Augmentation(torch.stack([top, left, h, w], 1).long(), flip < 0.5, other[:, 10:14].argsort(dim=1, stable=True),
-                        factors, grey < 0.2, (0.1 + 1.9 * sigma) * (size / 224))
+    order = other[:, 10:14].argsort(dim=1, stable=True)
+    return Augmentation(torch.stack([top, left, h, w], 1).long(), flip < 0.5, order, factors, grey < 0.2,
+                        (0.1 + 1.9 * sigma) * (size / 224))
 
 
 def resize_weights(index: Tensor, start: Tensor, length: Tensor, n: int) -> Tensor:
@@ -81,30 +83,32 @@ def blur_weights(sigma: Tensor, size: int) -> Tensor:
 
 
 def resample(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ x[b, c] @ columns[b]^T for x [B, C, H, W], rows [B, S, H], columns [B, T, W]: [B, C, S, T], channels-last.
+    """rows[b] @ x[b, c] @ columns[b]^T, channels-last [B, C, S, T]: x [B, C, H, W], rows [B, S, H], columns [B, T, W].
 
     The channels ride along as further rows, then as further columns: two products per sample, no copies of the weights.
     """
     B, C, H, W = x.shape
-    x = (x.float().view(B, C * H, W) @ columns.mT).view(B, C, H, -1)
-    return (rows @ x.permute(0, 2, 3, 1).reshape(B, H, -1)).view(B, len(rows[0]), -1, C).permute(0, 3, 1, 2)
+    S, T = rows.shape[1], columns.shape[1]
+    x = (x.float().reshape(B, C * H, W) @ columns.mT).view(B, C, H, T)
+    return (rows @ x.permute(0, 2, 3, 1).reshape(B, H, T * C)).view(B, S, T, C).permute(0, 3, 1, 2)
 
 
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """x [B, 3, P] in [0, 1] with the hue of HSV moved by `turn` [B] of the full circle; value and saturation kept."""
+    """x [B, 3, P] in [0, 1] with the hue of HSV moved by `turn` [B] of the circle; value and saturation kept."""
     r, g, b = x.unbind(1)
     low, high = torch.minimum(torch.minimum(r, g), b), torch.maximum(torch.maximum(r, g), b)
     chroma = high.sub_(low)
     # Around the hexagon, with (r, g, b) scaled to reach from 0 to 1, g + b - r rises from -1 at red to 2 at cyan while
     # g >= b, and falls again while b > g: no case for each sextant. The hue here is in sextants from cyan, -3 to 3.
-    hue = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-30)).neg_().add_(2).copysign_(b - g).add_(6 * turn[:, None])
+    hue = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-30)).neg_().add_(2).copysign_(b - g)
+    hue.add_(6 * turn[:, None])
     hue.sub_((hue / 6).round_(), alpha=6)  # remainder_ takes as long as all the rest
     x = torch.stack([hue.abs().sub_(1), 2 - (hue + 1).abs_(), 2 - (hue - 1).abs_()], 1)
     return x.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
 def apply_augmentation(images: Tensor, parameters: Augmentation, size: int) -> Tensor:
-    """Augmented images, normalised float32 [B, 3, size, size] (channels-last in memory), of uint8 `images` [B, 3, H, W].
+    """Augmented images, normalised float32 [B, 3, size, size], channels-last in memory, of uint8 [B, 3, H, W].
 
     Equals torchvision's functional transforms of the same parameters on float images in [0, 1], to rounding (on CUDA
     as far as matrix products are not allowed to round to TF32). The parameters are on the device of the images.
@@ -123,9 +127,9 @@ def apply_augmentation(images: Tensor, parameters: Augmentation, size: int) -> T
                      resize_weights(torch.where(flip[:, None], size - 1 - index, index), left, width, W))
         x = x.reshape(B, 3, size * size)
 
-        # Colour. Brightness, contrast and saturation are f·x + (1-f)·reference with the reference 0, the mean of grey,
-        # or grey: a 3×3 matrix and a constant per sample. Where a sample's hue comes first, second, ... differs, and hue
-        # is costly; so every sample passes its blends before hue, hue, and its blends after, with f = 1 in idle places.
+        # Colour. Brightness, contrast and saturation are f·x + (1-f)·reference, the reference being 0, the mean of
+        # grey, or grey: a 3×3 matrix and a constant per sample. Hue costs more, and its place in the order differs;
+        # so all pass three places before hue, hue, and three after it, with f = 1 where a place is not theirs.
         luma = constant(*LUMA)
         hues_passed = (order == 3).cumsum(1)  # [B, 4]: 0 before hue's place, 1 from there on
         f = factors.gather(1, order)
@@ -171,4 +175,8 @@ def augment(images: Tensor, size: int, generator: torch.Generator, crop_scale: t
         raise ValueError(f"jitter must be from 0 (none) to 5 (hue all around), got {jitter}")
     uniform = torch.rand(len(images), NUM_UNIFORM, generator=generator, device=generator.device)
     parameters = augmentation_parameters(uniform, *images.shape[2:], size, crop_scale, jitter)
-    return apply_augmentation(images, Augmentation(*(p.to(images.device, non_blocking=True) for p in parameters)), size)
+    # On the CPU in pieces that its caches hold; a device takes the whole batch at once.
+    piece = max(1, PIECE // size**2) if images.device.type == "cpu" else max(1, len(images))
+    parameters = (p.to(images.device, non_blocking=True).split(piece) for p in parameters)
+    views = [apply_augmentation(x, Augmentation(*p), size) for x, *p in zip(images.split(piece), *parameters)]
+    return torch.cat(views) if len(views) > 1 else views[0]

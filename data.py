@@ -83,17 +83,15 @@ def folder_source(path: Path, split: str):
         raise FileNotFoundError(f'there is no folder {path}: give one with images as --data-dir')
     every = walk(path)
     if not every:
-        raise ValueError(f"{path} {'holds no images (' + ' '.join(IMAGE_SUFFIXES) + ')' if any(path.iterdir()) else 'is empty'}"
-                         ': give a folder with images as --data-dir')
+        why = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if any(path.iterdir()) else 'is empty'
+        raise ValueError(f'{path} {why}: give a folder with images as --data-dir')
 
     def read():
         names = [name for name, _, _ in every]
         val = next((v for v in ('val', 'valid', 'validation', 'test') if (path / v).is_dir()), None)
         if val and (path / 'train').is_dir():
-            parts = {s: [(name, name[len(s) + 1:]) for name in names if name.startswith(s + '/')] for s in ('train', val)}
-            chosen = parts['train' if split == 'train' else val]
-            tails = {name: tail for part in parts.values() for name, tail in part}
-            names = [name for name, _ in chosen]
+            tails = {name: name.split('/', 1)[1] for name in names if name.startswith(('train/', val + '/'))}
+            names = [name for name in tails if name.startswith('train/' if split == 'train' else val + '/')]
         else:
             score = {name: zlib.crc32(os.fsencode(name)) for name in names}
             held = [name for name in names if score[name] % 10 == 0] or sorted(names, key=score.get)[:1]
@@ -101,10 +99,9 @@ def folder_source(path: Path, split: str):
             tails = {name: name for name in names}
             names = [name for name in names if (name in held) == (split == 'val')]
         if not names:
-            raise ValueError(f'{path} holds no image for the {split} split: it needs one for each, in train/ and val/ or '
-                             'two images that are split by themselves')
-        shared = os.path.commonpath(['/' + os.path.dirname(tail) for tail in tails.values()])
-        depth = len(Path(shared).parts) - 1
+            raise ValueError(f'{path} holds no image for the {split} split: give at least two images, or one in train/ '
+                             'and one in val/')
+        depth = len(Path(os.path.commonpath(['/' + os.path.dirname(tail) for tail in tails.values()])).parts) - 1
         tops = {name: ''.join(tail.split('/')[depth:-1][:1]) for name, tail in tails.items()}
         classes = {top: i for i, top in enumerate(sorted(set(tops.values())))}
         return names, [classes[tops[name]] for name in names], lambda i: (path / names[i]).read_bytes()
@@ -138,16 +135,16 @@ def tinyimagenet_source(path: Path, split: str):
     """The official archive: the zip itself, a folder with `tiny-imagenet-200*.zip` in it (read without unpacking) or
     with the unpacked `tiny-imagenet-200`, or that; where there is none of them, it is downloaded to there."""
     landmark = 'val/val_annotations.txt'
-    folder = next((f for f in (path / 'tiny-imagenet-200', path) if (f / 'train').is_dir() or (f / 'val').is_dir()), None)
+    unpacked = [f for f in (path / 'tiny-imagenet-200', path) if (f / 'train').is_dir() or (f / 'val').is_dir()]
     archive = path if path.suffix.lower() == '.zip' or path.is_file() else path / 'tiny-imagenet-200.zip'
     if not archive.exists() and archive != path:
         others = sorted(path.glob('tiny-imagenet-200*.zip'))
         if len(others) > 1:
             raise ValueError(f"{path} holds {' and '.join(z.name for z in others)}: give one of them as --data-dir")
         archive = others[0] if others else archive
-    if not archive.exists() and not folder:
+    if not archive.exists() and not unpacked:
         if archive == path:
-            raise FileNotFoundError(f'there is no {path}: give the zip, or the folder it is in or shall be downloaded to')
+            raise FileNotFoundError(f'there is no {path}: give a zip, or the folder it is in or is to be put in')
         with locked(path / '.cache-minibatch') as cache:
             if not archive.exists():  # another process may have put it there meanwhile
                 download(TINY_URL, archive, TINY_BYTES, cache)
@@ -156,20 +153,20 @@ def tinyimagenet_source(path: Path, split: str):
             file.seek(-min(archive.stat().st_size, 1 << 20), os.SEEK_END)
             fingerprint = [archive.stat().st_size, archive.stat().st_mtime_ns, digest(file.read())]
     else:
-        files = walk(folder, ('.jpeg', '.jpg', landmark))
+        files = walk(unpacked[0], ('.jpeg', '.jpg', landmark))
         fingerprint = digest(files)
 
     def read():
         every, get = (open_zip(archive, landmark) if archive.exists() else
-                      ([file[0] for file in files], lambda name: (folder / name).read_bytes()))
+                      ([file[0] for file in files], lambda name: (unpacked[0] / name).read_bytes()))
         lines = get(landmark).decode().splitlines() if landmark in every else []
         wnid_of = dict(line.split('\t')[:2] for line in lines if '\t' in line)
         found = [m for f in every if (m := re.fullmatch(r'(train/([^/]+)|val)/images/([^/.][^/]*\.jpe?g)', f, re.I))]
         train = sorted((m[2], m[0]) for m in found if m[2])
         val = [(wnid_of.get(m[3]), m[0]) for m in found if not m[2]]
         if not train or not val or not all(wnid for wnid, _ in val):
-            raise ValueError(f'{path} is not laid out like Tiny ImageNet (train/<wnid>/images/*.JPEG, val/images/*.JPEG and '
-                             f'{landmark}, which names the wnid of each of them): get it from {TINY_URL}')
+            raise ValueError(f'{path} is not laid out as Tiny ImageNet (train/<wnid>/images/*.JPEG, val/images/*.JPEG,'
+                             f' {landmark} with the wnid of each of them): get it from {TINY_URL}')
         classes = {wnid: i for i, wnid in enumerate(sorted({wnid for wnid, _ in train + val}))}
         chosen = train if split == 'train' else sorted(val, key=lambda sample: sample[1])
         return [name for _, name in chosen], [classes[wnid] for wnid, _ in chosen], lambda i: get(chosen[i][1])
@@ -186,8 +183,8 @@ def cifar100_source(path: Path, split: str):
             try:
                 CIFAR100(path, download=True)
             except (OSError, RuntimeError) as e:
-                raise OSError(f'no CIFAR-100 in {path}, and the download failed ({e}): fetch {CIFAR100.url} elsewhere and '
-                              f'put it there as {path / CIFAR100.filename}') from None
+                raise OSError(f'no CIFAR-100 in {path}, and the download failed ({e}): fetch {CIFAR100.url} elsewhere '
+                              f'and put it there as {path / CIFAR100.filename}') from None
 
     def read():
         try:  # with the folder's own name, which the class takes from an attribute
@@ -221,8 +218,8 @@ def decode(data: bytes | np.ndarray, size: int) -> np.ndarray:
     image = image if image.mode == 'RGB' else image.convert('RGB')
     (w, h), side = image.size, min(image.size)
     box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
-    if (w, h) != (size, size):
-        image = image.crop(box) if side == size else image.resize((size, size), Image.Resampling.BICUBIC, box)
+    if (w, h) != (size, size):  # with side == size this cuts and alters nothing
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -260,8 +257,8 @@ def open_cache(path: Path, key: dict) -> tuple[np.ndarray, np.ndarray, list] | N
 def write_cache(path: Path, key: dict, names: list[str], labels: list[int], get, skip_broken: bool) -> None:
     """Decodes all images on all cores into a temporary file that then takes its place at `path`.
 
-    Threads, as Pillow decodes and resizes without the interpreter's lock: on photos as fast as processes, and on 64 px,
-    where the lock binds, one core's 5,000 images/s is enough. They need no fork and no __main__ guard."""
+    Threads: Pillow decodes and resizes without the interpreter's lock, so on photos they are as fast as processes, and
+    at 64 px, where the lock binds, one core does 5,000 images/s. They need no fork and no __main__ guard."""
     size, broken, kept = key['size'], [], []
     enough_disk(path.parent, len(names) * (3 * size * size + 8))
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
@@ -282,7 +279,8 @@ def write_cache(path: Path, key: dict, names: list[str], labels: list[int], get,
     try:
         with open(temporary, 'wb') as file, ThreadPoolExecutor(cores) as pool:
             for begin in range(0, len(names), window):
-                for start, images, failed in pool.map(decode_chunk, range(begin, min(begin + window, len(names)), chunk)):
+                starts = range(begin, min(begin + window, len(names)), chunk)
+                for start, images, failed in pool.map(decode_chunk, starts):
                     broken += [[names[start + row], reason] for row, reason in failed.items()]
                     if broken and not skip_broken:
                         raise broken_images(broken)
@@ -308,8 +306,8 @@ def write_cache(path: Path, key: dict, names: list[str], labels: list[int], get,
 
 
 def broken_images(broken: list) -> ValueError:
-    return ValueError(f'cannot read the image {broken[0][0]} ({broken[0][1]}): repair or remove it, or go on without such '
-                      'images with --skip-broken')
+    return ValueError(f'cannot read the image {broken[0][0]} ({broken[0][1]}): repair or remove it, or leave such '
+                      'images out with --skip-broken')
 
 
 @contextlib.contextmanager
@@ -334,8 +332,8 @@ def locked(folder: Path):
 def enough_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + (64 << 20):
-        raise OSError(f'{folder} needs {needed / 1e9:.2f} GB of free disk and has {free / 1e9:.2f} GB: free some, or give '
-                      'another --data-dir')
+        raise OSError(f'{folder} needs {needed / 1e9:.2f} GB of free disk and has {free / 1e9:.2f} GB: free some, or '
+                      'give another --data-dir')
 
 
 def progress(what: str, total: float, unit: str):
@@ -354,7 +352,7 @@ def progress(what: str, total: float, unit: str):
 
 
 def download(url: str, target: Path, size: int, cache: Path) -> None:
-    """Puts the file at url at target once it is complete, by way of the cache folder. Raises OSError: what to do instead."""
+    """Puts the file at url at target once it is complete. Raises OSError that says what to do by hand."""
     enough_disk(target.parent, size)
     temporary = cache / f'{target.name}.{os.getpid()}.tmp'
     try:
@@ -367,8 +365,8 @@ def download(url: str, target: Path, size: int, cache: Path) -> None:
             raise OSError(f'{temporary.stat().st_size:,} bytes came instead of {size:,}')
         os.replace(temporary, target)
     except OSError as e:
-        raise OSError(f'no Tiny ImageNet in {target.parent}, and the download failed ({e}): fetch {url} elsewhere and put '
-                      f'it there as {target}') from None
+        raise OSError(f'no Tiny ImageNet in {target.parent}, and the download failed ({e}): fetch {url} elsewhere '
+                      f'and put it there as {target}') from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -406,14 +404,16 @@ def load(dataset: str, split: str, data_dir: str | Path, *, source_size: int | N
 
     key = {'version': CACHE_VERSION, 'dataset': dataset, 'split': split, 'size': size, 'made_from': fingerprint}
     elsewhere = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'minibatch-contrastive'
-    # Named by the settings and by where the data are, seen from the cache: a folder can be moved together with its cache
-    files = [folder / '-'.join([dataset, split, f'{size}px', digest((os.path.relpath(path, folder), (
-        fingerprint if dataset == 'deadleaves' else None)))[:12] + '.cache']) for folder in (home / '.cache-minibatch', elsewhere)]
+    knobs = fingerprint if dataset == 'deadleaves' else None
+    # Named by the settings and by where the data are, seen from the cache: a folder can be moved with its cache
+    files = [folder / f'{dataset}-{split}-{size}px-{digest((os.path.relpath(path, folder), knobs))[:12]}.cache'
+             for folder in (home / '.cache-minibatch', elsewhere)]
     found = next(filter(None, (open_cache(file, key) for file in files)), None)
     if not found:
         file = next((f for f in files if writable(f.parent)), None)
         if not file:
-            raise OSError(f'neither {files[0].parent} nor {elsewhere} can be written: set XDG_CACHE_HOME to a folder that can')
+            raise OSError(f'neither {files[0].parent} nor {elsewhere} can be written: set XDG_CACHE_HOME to a folder '
+                          'that can')
         with locked(file.parent):
             if not open_cache(file, key):  # another process may have made it meanwhile
                 write_cache(file, key, *read(), skip_broken)
@@ -437,7 +437,7 @@ def writable(folder: Path) -> bool:
 
 
 def limit_indices(labels: torch.Tensor, n: int) -> torch.Tensor:
-    """int64 [min(n, N)], ascending: n samples, taken from the classes in turn, from each its first. Raises ValueError."""
+    """int64 [min(n, N)], ascending: n samples, the classes' first ones in turn. Raises ValueError if n < 1."""
     if n < 1:
         raise ValueError(f'limit {n}: give at least 1 image')
     by_class = torch.argsort(labels, stable=True)

@@ -18,7 +18,7 @@ SHAPES = (  # distances from the centre, up to the edge at the radius, of shapes
     lambda x, y: np.maximum(y, np.abs(x) * np.float32(0.875) - y * np.float32(0.5)) * np.float32(1.25),  # triangle
     lambda x, y: np.maximum(np.abs(y), np.abs(x) * np.float32(0.875) + np.abs(y) * np.float32(0.5)),  # hexagon
 )
-CHUNK = 4096
+CHUNK = 4096  # pixels drawn at a time, each with all its leaves: what the caches hold
 
 
 def oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> np.ndarray:
@@ -33,7 +33,8 @@ def oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) ->
     return np.round(255 * np.where(rgb <= 0.0031308, 12.92 * rgb, 1.055 * rgb ** (1 / 2.4) - 0.055))
 
 
-def deadleaves(split: str, num_images: int, seed: int, size: int = 32, num_classes: int = 128) -> tuple[Tensor, Tensor]:
+def deadleaves(split: str, num_images: int, seed: int, size: int = 32,
+               num_classes: int = 128) -> tuple[Tensor, Tensor]:
     """Images, uint8 [N, 3, size, size], and labels, int64 [N]: dead leaves (Baradad et al., NeurIPS 2021).
 
     A class is a set of parameters: palette, shape, smallest radius, stretch, common direction, stripes. Labels go round
@@ -46,7 +47,7 @@ def deadleaves(split: str, num_images: int, seed: int, size: int = 32, num_class
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", got {split!r}')
     if min(num_images, size, num_classes) < 1:
-        raise ValueError(f"num_images, size and num_classes must be at least 1, got {num_images}, {size}, {num_classes}")
+        raise ValueError(f"num_images, size and num_classes are at least 1, got {num_images}, {size}, {num_classes}")
     C, N, L = num_classes, num_images, LEAVES
 
     # Classes: each a palette of five, a ladder of lightness over hues in harmony, and a way of growing leaves.
@@ -71,7 +72,8 @@ def deadleaves(split: str, num_images: int, seed: int, size: int = 32, num_class
                            chroma[pick] * (0.8 + 0.4 * draw((N, L))), hue[pick] + 0.04 * (draw((N, L)) - 0.5))
     radius[:, -1], centre[:, -1] = 2, 0.5  # the last is the background
 
-    # Pixels. A leaf's coordinates along and across it are affine in the pixel's, and so is the light on it.
+    # Pixels. A leaf's coordinates along and across it are affine in the pixel's, and so is the light on it:
+    # layers of red, green, blue at the corner of the image, and the change of all three along x and y.
     cos, sin, long = np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn), np.sqrt(stretch[of])
     axes = np.stack([np.stack([cos / long, sin / long], -1), np.stack([-sin * long, cos * long], -1)], 2)
     offset = -(axes * centre[:, :, None]).sum(3) * size  # [N, L, 2]

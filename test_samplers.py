@@ -106,6 +106,9 @@ def test_batch_losses_half_precision_and_autocast():
     losses = batch_losses(u.half(), v.half(), batches)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected)
+    w = spectral_affinity(u.half(), v.half(), 8)
+    assert w.dtype == torch.float32
+    torch.testing.assert_close(w, spectral_affinity(u.half().float(), v.half().float(), 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(batch_losses(u, v, batches), batch_losses(u, v, batches).float())
         torch.testing.assert_close(batch_losses(u.half().float(), v.half().float(), batches), expected)
@@ -222,7 +225,7 @@ def test_affinity_of_large_logits_is_finite():
     torch.testing.assert_close(w.double(), x + x.T, rtol=1e-3, atol=5)
 
 
-@pytest.mark.parametrize("n, k", [(12, 3), (60, 6), (640, 20)])
+@pytest.mark.parametrize("n, k", [(12, 3), (60, 6), (300, 30), (640, 20)])
 def test_assignment_against_the_optimum(n, k):
     from scipy.optimize import linear_sum_assignment
     gain = torch.randn(n, k, generator=seeded(n)) + torch.linspace(0, 2, k)  # the last labels are in demand
@@ -261,6 +264,13 @@ def test_spectral_partitions(n, B, k, kind):
     b = spectral_batches(u, v, B, k, generator=seeded())
     assert b.shape == (n // B, B) and b.dtype == torch.int64
     assert torch.equal(b.flatten().sort()[0], torch.arange(n // B * B))
+
+
+def test_spectral_where_every_weight_underflows():
+    u, _ = views(12, dtype=torch.float32)
+    assert (spectral_affinity(u, u, 3, 1e-3) == 0).all()
+    b = spectral_batches(u, u, 3, 4, 1e-3, seeded())
+    assert torch.equal(b.flatten().sort()[0], torch.arange(12))
 
 
 def test_spectral_generator_decides():

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torchvision.models import resnet18
 
 import data
 import train
+from augment import augment
 from lars import LARS, warmup_cosine
-from model import ContrastiveModel, SogCLRLoss, hcl, nt_xent
+from model import ContrastiveModel, OnePixelConv2d, SogCLRLoss, hcl, nt_xent
 from retrieval import compare, retrieval_metrics
 
 HERE = Path(__file__).parent
@@ -94,6 +96,32 @@ def test_network():
     assert small.layer1(small.maxpool(small.relu(small.bn1(small.conv1(torch.randn(1, 3, 32, 32)))))).shape == (1, 64, 32, 32)
 
 
+@pytest.mark.parametrize("side, stride", [(1, 1), (1, 2), (2, 2), (2, 1), (3, 2), (5, 1)])
+def test_one_pixel_convolution_is_the_convolution(side, stride):
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(6, 5, 3, stride, padding=1, bias=False).double()
+    quick = OnePixelConv2d(6, 5, 3, stride, padding=1, bias=False).double()
+    quick.load_state_dict(plain.state_dict())
+    x, y = (torch.randn(4, 6, side, side, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y.data = x.data.clone()
+    a, b = plain(x), quick(y)
+    torch.testing.assert_close(a, b)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(plain.weight.grad, quick.weight.grad)
+
+
+def test_network_is_torchvisions():
+    torch.manual_seed(0)
+    model, plain = ContrastiveModel().encoder.eval(), resnet18(weights=None)
+    plain.fc = torch.nn.Identity()
+    plain.load_state_dict(model.state_dict())
+    for side in 32, 64, 80:
+        images = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(model(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- optimiser
 def test_lars_reference():
     params = [torch.nn.Parameter(REFERENCE[f"lars_p{i}"].clone()) for i in range(3)]
@@ -152,15 +180,16 @@ def test_cuda_without_cuda():
     """Fake CUDA tensors raise where devices mix or a value is read back, so neither happens in a step."""
     with FakeTensorMode():
         images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, device="cuda")
-        views = [data.augment(images, 32, torch.Generator(), (0.2, 1.0), 0.5) for _ in range(2)]
+        views = [augment(images, 32, torch.Generator(), (0.2, 1.0), 0.5) for _ in range(2)]
         assert views[0].device.type == "cuda" and views[0].shape == (8, 3, 32, 32)
-        model, index = ContrastiveModel().cuda(), torch.arange(8, device="cuda")
+        with torch.device("cuda"):
+            model, sogclr, index = ContrastiveModel(), SogCLRLoss(100), torch.arange(8)
         z1, z2 = model(torch.cat(views)).chunk(2)
-        for loss in (nt_xent(z1, z2), hcl(z1, z2), SogCLRLoss(100).cuda()(z1, z2, index)):
+        for loss in (nt_xent(z1, z2), hcl(z1, z2), sogclr(z1, z2, index)):
             assert loss.device.type == "cuda" and loss.shape == ()
         with pytest.raises(RuntimeError):
             nt_xent(z1, z2.cpu())
-        with pytest.raises(Exception, match="data-dependent|DataDependent|item"):
+        with pytest.raises(DataDependentOutputException):
             bool(z1.sum() > 0)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -173,13 +202,16 @@ def test_cuda_without_cuda():
 @pytest.fixture(scope="module")
 def leaves(tmp_path_factory):
     """Data folder with the embedded data's cache."""
-    return str(tmp_path_factory.mktemp("data"))
+    folder = str(tmp_path_factory.mktemp("data"))
+    for split, number in (("train", 40), ("train", 2048), ("val", 64), ("val", 1000)):
+        data.load("deadleaves", split, folder, num_images=number)
+    return folder
 
 
 def quick(leaves, out, *flags):
-    """Command line of a run of 3 epochs of 5 steps, each saved."""
-    return ["--data-dir", leaves, "--out-dir", str(out), "--limit", "40", "--batch-size", "8", "--epochs", "3",
-            "--warmup-epochs", "1", "--log-every", "2", "--checkpoint-minutes", "0", *flags]
+    """Command line of a run of 4 epochs of 5 steps, saved every quarter of a second besides."""
+    return ["--data-dir", leaves, "--out-dir", str(out), "--limit", "40", "--batch-size", "8", "--epochs", "4",
+            "--warmup-epochs", "1", "--log-every", "2", "--checkpoint-minutes", "0.004", *flags]
 
 
 # A server that has imported all once and forks a child for each run: a child starts in milliseconds.
@@ -190,6 +222,7 @@ PROCESSES.set_forkserver_preload(["train", "torch.utils.tensorboard", "test_trai
 
 def child(argv, output, file_size=None):
     torch.set_num_threads(1)
+    train.VALIDATION_IMAGES = 64  # most of these runs' time otherwise
     sys.stdout = sys.stderr = open(output, "a")
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
@@ -234,18 +267,18 @@ def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, leav
             seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
             while process.is_alive() and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > seen):
                 time.sleep(0.005)
-            time.sleep(dice.uniform(0, 0.5))
+            time.sleep(dice.uniform(0, 0.3))
             os.kill(process.pid, signal.SIGKILL)
             killed += finish(process) == -signal.SIGKILL
         else:
             assert finish(process) == 0, (tmp_path / "parts.txt").read_text()
-    assert finish(whole) == 0 and killed == moments
+    assert finish(whole) == 0 and killed >= 1  # the last one may come too late
     a, b = (torch.load(tmp_path / x / "checkpoint.pt", weights_only=True) for x in ("whole", "parts"))
-    assert a["state"]["step"] == 15 and equal(a, b)
+    assert a["state"]["step"] == 20 and equal(a, b)
     assert not list((tmp_path / "parts").glob("*.tmp"))
     logs = [[{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in
              (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in ("whole", "parts")]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [5, 10, 15]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [5, 10, 15, 20]
     assert all((line["chosen_loss"] is None) == (sampler == "random") for line in logs[0])
     if objective == "sogclr":
         assert a["sogclr"]["u"].shape == (40,) and (a["sogclr"]["u"] > 0).any()
@@ -284,7 +317,7 @@ def test_interrupt_saves_and_resumes(leaves, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     assert finish(process) == 130
     assert "--resume" in (tmp_path / "out.txt").read_text().splitlines()[-1]
-    assert 0 < torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["step"] < 15
+    assert 0 < torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["step"] < 20
     assert finish(start(argv + ["--k", "4", "--resume"], tmp_path / "out.txt")) == 0
     whole = start(quick(leaves, tmp_path / "whole", "--k", "4"), tmp_path / "out.txt")
     assert finish(whole) == 0
@@ -320,7 +353,7 @@ def test_checkpoint_troubles(leaves, tmp_path, capsys):
 
 
 def test_divergence_stops(leaves, tmp_path):
-    assert finish(start(quick(leaves, tmp_path / "run", "--lr", "1e30", "--warmup-epochs", "0"), tmp_path / "out.txt")) == 1
+    assert finish(start(quick(leaves, tmp_path / "run", "--sampler", "random", "--lr", "1e30", "--warmup-epochs", "0"), tmp_path / "out.txt")) == 1
     last = (tmp_path / "out.txt").read_text().splitlines()[-1]
     assert "at step" in last and "--lr" in last
     saved = tmp_path / "run" / "checkpoint.pt"

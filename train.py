@@ -30,8 +30,7 @@ from cli import Stop, parse, provenance, write_atomically
 from lars import LARS, warmup_cosine
 from model import ContrastiveModel, SogCLRLoss, hcl, nt_xent
 from retrieval import retrieval_metrics
-from samplers import (batch_losses, osgd_batches, random_batches, random_batches_with_replacement, select_by_loss,
-                      spectral_batches)
+from samplers import batch_losses, random_batches, random_batches_with_replacement, select_by_loss, spectral_batches
 
 # ------------------------------------------------------------------------------------------------- knobs
 # name: (default, allowed, what it does). The command line is made from this table. A default of None is filled
@@ -41,7 +40,7 @@ KNOBS = {
     "dataset": ("deadleaves", tuple(data.SOURCE_SIZE), "images to train on; deadleaves is generated, cifar100 and tinyimagenet "
                 "download when absent, folder reads any images under --data-dir"),
     "data_dir": ("data", str, "folder (or zip file) of the data; decoded images are cached beside them"),
-    "limit": (None, "int >= 2", "use only the first n training images, spread over the classes (default: all)"),
+    "limit": (None, "int >= 2", "use only the first n training images, spread over the classes; of deadleaves, make n"),
     "source_size": (None, "int >= 1", "side to which images are brought once, before augmentation (default: the "
                     "data set's own; folder 8/7 of the image size)"),
     "skip_broken": (False, bool, "leave out images that cannot be decoded instead of stopping, and count them"),
@@ -85,7 +84,7 @@ KNOBS = {
 }
 PAPER = {"image_size": 224, "crop_scale": 0.08, "jitter": 1.0, "epochs": 100, "warmup_epochs": 10}
 DATASET_DEFAULTS = {"cifar100": PAPER, "tinyimagenet": PAPER, "folder": PAPER, "deadleaves": {
-    "image_size": 32, "crop_scale": 0.5, "jitter": 0.5, "epochs": 16, "warmup_epochs": 2}}
+    "limit": 2048, "image_size": 32, "crop_scale": 0.5, "jitter": 0.5, "epochs": 10, "warmup_epochs": 1}}
 FREE_ON_RESUME = {"data_dir", "out_dir", "device", "compile", "resume", "max_steps", "log_every", "checkpoint_minutes"}
 VALIDATION_IMAGES = 1000  # of the quick two-view retrieval at the end of each epoch
 
@@ -203,7 +202,7 @@ def train(knobs: dict) -> None:
     load = functools.partial(data.load, knobs["dataset"], data_dir=knobs["data_dir"], source_size=knobs["source_size"],
                              skip_broken=knobs["skip_broken"])
     try:
-        (images, labels), (val_images, val_labels) = load("train"), load("val")
+        (images, labels), (val_images, val_labels) = load("train", num_images=knobs["limit"]), load("val", num_images=VALIDATION_IMAGES)
     except (ValueError, OSError) as error:
         raise Stop(str(error)) from None
     if knobs["limit"] and knobs["limit"] < len(images):
@@ -262,7 +261,7 @@ def train(knobs: dict) -> None:
         except Stop:
             raise
         except Exception as error:  # torch.load fails in many ways on a damaged file
-            raise Stop(f"--resume: {checkpoint_path} cannot be read ({str(error).splitlines()[0]}); it is damaged or not "
+            raise Stop(f"--resume: {checkpoint_path} cannot be read ({type(error).__name__}); it is damaged or not "
                        f"of this program: delete {run} and start anew") from None
         if state["step"] >= last_step and (run / "result.json").exists():
             print(f"{run} is finished: step {state['step']}")
