@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, the old one or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the same name each time: a killed process leaves no heap of them
     try:
         with open(temporary, "wb") as f:
             f.write(content)
@@ -111,5 +112,6 @@ def provenance(device: torch.device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     return {"command": shlex.join(["python", *sys.argv]), "commit": commit or "unknown", "device": f"{device} ({name})",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version(),
+                         **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}},
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

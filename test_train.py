@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.models import resnet18
 
@@ -292,7 +293,7 @@ def test_equal_would_notice(leaves, tmp_path):
     assert not equal(a["model"], b["model"]) and not equal(a["choosing"], b["choosing"])
     assert a["state"]["log"][0]["chosen_loss"] is None  # the first epoch was random
     config = json.loads((tmp_path / "0" / "config.json").read_text())
-    assert config["knobs"]["k"] == 5 and config["knobs"]["lowest"] and config["versions"]["torch"] == torch.__version__
+    assert config["knobs"]["k"] == 5 and config["knobs"]["lowest"] and {"python", "torch", "torchvision"} <= config["versions"].keys()
     assert {"command", "commit", "device", "time"} <= config.keys()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tmp_path / "0"))
@@ -312,7 +313,7 @@ def test_equal_would_notice(leaves, tmp_path):
 def test_interrupt_saves_and_resumes(leaves, tmp_path):
     argv = quick(leaves, tmp_path / "run", "--checkpoint-minutes", "10")
     process = start(argv + ["--k", "4"], tmp_path / "out.txt")
-    while "epoch" not in ((tmp_path / "out.txt").read_text() if (tmp_path / "out.txt").exists() else ""):
+    while "loss" not in ((tmp_path / "out.txt").read_text() if (tmp_path / "out.txt").exists() else ""):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     assert finish(process) == 130
@@ -386,6 +387,29 @@ def test_bad_input_is_one_line(argv, words, leaves, tmp_path, capsys):
     line = refusal(capsys, "--data-dir", leaves, "--out-dir", str(tmp_path / "run"), *argv)
     assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_is_one_line(tmp_path, capsys):
+    def images(folder, count):
+        folder.mkdir()
+        for i in range(count):
+            Image.new("RGB", (40, 40), (i, 0, 0)).save(folder / f"{i}.png")
+        return folder
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "note.txt").write_text("no image")
+    (images(tmp_path / "broken", 30) / "7.png").write_bytes(b"no image")
+    (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"PK" + bytes(1000))
+    run = ["--out-dir", str(tmp_path / "run"), "--sampler", "random"]
+    for name in "empty", "words", "nowhere":
+        assert str(tmp_path / name) in refusal(capsys, *run, "--dataset", "folder", "--data-dir", str(tmp_path / name))
+    assert "complete zip" in refusal(capsys, *run, "--dataset", "tinyimagenet", "--data-dir", str(tmp_path))
+    broken = [*run, "--dataset", "folder", "--data-dir", str(tmp_path / "broken"), "--image-size", "32", "--batch-size", "8",
+              "--max-steps", "1"]
+    line = refusal(capsys, *broken)
+    assert "7.png" in line and "--skip-broken" in line and not (tmp_path / "run").exists()
+    assert train.main([*broken, "--skip-broken"]) == 0
+    assert "1 broken" in capsys.readouterr().err
 
 
 def test_unwritable_out_dir(leaves, tmp_path, capsys):

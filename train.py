@@ -124,7 +124,7 @@ def settle(argv: list[str]) -> dict:
 def embed(model: torch.nn.Module, views, index: Tensor, chunk: int = 256, stop=lambda: False) -> tuple[Tensor, Tensor]:
     """Projections u, v [len(index), D], float32, of two fresh views of the samples `index`, in eval mode.
 
-    views(index) gives one augmented batch [n, 3, S, S]. Leaves no trace in the model: modes are restored, and
+    views(index) gives an augmented batch [len(index), 3, S, S]. Leaves no trace in the model: modes are restored, and
     eval mode does not move batch norm's running statistics.  Raises KeyboardInterrupt when stop() turns true.
     """
     modes = [(m, m.training) for m in model.modules()]
@@ -134,7 +134,7 @@ def embed(model: torch.nn.Module, views, index: Tensor, chunk: int = 256, stop=l
         for part in index.split(chunk):
             if stop():
                 raise KeyboardInterrupt
-            a, b = model(torch.cat([views(part), views(part)])).float().chunk(2)
+            a, b = model(views(part.repeat(2))).float().chunk(2)
             u.append(a)
             v.append(b)
         return torch.cat(u), torch.cat(v)
@@ -356,9 +356,8 @@ def train(knobs: dict) -> None:
             # step
             for group in optimizer.param_groups:
                 group["lr"] = warmup_cosine(step, total_steps, knobs["warmup_epochs"] * steps_per_epoch, knobs["lr"])
-            both = torch.cat([views(images, index, augmenting) for _ in range(2)])
             with autocast():
-                z1, z2 = network(both).chunk(2)
+                z1, z2 = network(views(images, index.repeat(2), augmenting)).chunk(2)
             loss = objective(z1, z2, index.to(device, non_blocking=True))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
