@@ -11,6 +11,7 @@ one run, so their ratios hold on a busy machine.
 import argparse
 import contextlib
 import io
+import json
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import torch
 import data
 import train
 from augment import MEAN, STD, augment
+from cli import Stop
 from deadleaves import deadleaves
 from model import ContrastiveModel, nt_xent
 from samplers import batch_losses, osgd_batches, random_batches, spectral_batches
@@ -73,7 +75,7 @@ def bench_samplers(file: str | None, batch_size: int = 32, k: int = 40, temperat
     for name, (u, v) in sets.items():
         windows = [(u[i:i + size], v[i:i + size]) for i in range(0, len(u) - size + 1, size)]
         if not windows:
-            raise train.Stop(f"{name} has {len(u)} pairs, a window takes {size}")
+            raise Stop(f"{name} has {len(u)} pairs, a window takes {size}")
         base = None
         *times, eigh = seconds(*(lambda m=m: m(*windows[0]) for m in methods.values()), lambda: torch.linalg.eigh(matrix))
         for (method, choose), took in zip(methods.items(), times):
@@ -126,8 +128,8 @@ def bench_step(steps: int = 40) -> None:
                 code = train.main(["--data-dir", folder, "--out-dir", out, "--sampler", "random", "--device", device.type,
                                    "--max-steps", str(steps), "--log-every", str(steps)])
             if code:
-                raise train.Stop("train.py failed; run it by itself to see why")
-            whole.append(train.json.loads(Path(out, "log.jsonl").read_text())["seconds_training"] / steps)
+                raise Stop("train.py failed; run it by itself to see why")
+            whole.append(json.loads(Path(out, "log.jsonl").read_text())["seconds_training"] / steps)
         forward_backward, _ = seconds(bare, training, rounds=3)
     forward_backward, step = forward_backward / steps, statistics.median(whole[1:])
     print(f"ResNet-18 at 32 px, 2 x 32 views, {device}")
@@ -173,7 +175,7 @@ def main() -> int:
     words = parser.parse_args()
     try:
         bench_samplers(words.embeddings) if words.what == "samplers" else globals()[f"bench_{words.what}"]()
-    except (train.Stop, OSError, KeyError) as error:
+    except (Stop, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
     return 0

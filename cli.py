@@ -2,6 +2,7 @@
 never half-written, and the record of what made a result.
 """
 import argparse
+import contextlib
 import difflib
 import math
 import operator
@@ -46,7 +47,7 @@ def checked(name: str, allowed, text: str):
         fits = all(compare[op](value, float(bound)) for op, bound in zip(bounds[::2], bounds[1::2]))
         if not fits or not math.isfinite(value):
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         raise Stop(f"{flag} {text}: give {kind} {' and '.join(map(' '.join, zip(bounds[::2], bounds[1::2])))}") from None
     return value
 
@@ -95,7 +96,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise Stop(f"cannot write {path}: {error.strerror or error}; free some space or give another --out-dir"
                    + (f" ({path.name} as last saved is whole)" if path.exists() else "")) from None
 

@@ -13,6 +13,7 @@ import difflib
 import errno
 import fcntl
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -145,9 +146,13 @@ def tinyimagenet_source(path: Path, split: str):
     if not archive.exists() and not unpacked:
         if archive == path:
             raise FileNotFoundError(f'there is no {path}: give a zip, or the folder it is in or is to be put in')
-        with locked(path / '.cache-minibatch') as cache:
-            if not archive.exists():  # another process may have put it there meanwhile
-                download(TINY_URL, archive, TINY_BYTES, cache)
+        try:
+            with locked(path / '.cache-minibatch') as cache:
+                if not archive.exists():  # another process may have put it there meanwhile
+                    download(TINY_URL, archive, TINY_BYTES, cache)
+        except (OSError, http.client.HTTPException) as e:
+            raise OSError(f'no Tiny ImageNet in {path}, and the download failed ({e}): fetch {TINY_URL} elsewhere and '
+                          f'put it there as {archive}') from None
     if archive.exists():
         with open(archive, 'rb') as file:  # its end lists the members with their checksums
             file.seek(-min(archive.stat().st_size, 1 << 20), os.SEEK_END)
@@ -178,13 +183,13 @@ def cifar100_source(path: Path, split: str):
     name = 'train' if split == 'train' else 'test'
     folder = path if (path / name).is_file() else path / 'cifar-100-python'
     if not (folder / name).is_file():
-        with locked(path / '.cache-minibatch'):
-            enough_disk(path, 360_000_000)  # the archive and its contents
-            try:
+        try:
+            with locked(path / '.cache-minibatch'):
+                enough_disk(path, 360_000_000)  # the archive and its contents
                 CIFAR100(path, download=True)
-            except (OSError, RuntimeError) as e:
-                raise OSError(f'no CIFAR-100 in {path}, and the download failed ({e}): fetch {CIFAR100.url} elsewhere '
-                              f'and put it there as {path / CIFAR100.filename}') from None
+        except (OSError, RuntimeError) as e:
+            raise OSError(f'no CIFAR-100 in {path}, and the download failed ({e}): fetch {CIFAR100.url} elsewhere '
+                          f'and put it there as {path / CIFAR100.filename}') from None
 
     def read():
         try:  # with the folder's own name, which the class takes from an attribute
@@ -364,9 +369,6 @@ def download(url: str, target: Path, size: int, cache: Path) -> None:
         if temporary.stat().st_size != size:
             raise OSError(f'{temporary.stat().st_size:,} bytes came instead of {size:,}')
         os.replace(temporary, target)
-    except OSError as e:
-        raise OSError(f'no Tiny ImageNet in {target.parent}, and the download failed ({e}): fetch {url} elsewhere '
-                      f'and put it there as {target}') from None
     finally:
         temporary.unlink(missing_ok=True)
 

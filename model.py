@@ -73,6 +73,14 @@ def _logsumexp(logits: Tensor, keep: Tensor) -> Tensor:
     return torch.logsumexp(logits.masked_fill(~keep, -torch.inf), 1)
 
 
+def infonce(u: Tensor, v: Tensor, temperature: float = 1.0) -> Tensor:
+    """InfoNCE of pairs u, v [..., n, D], [...] (the paper's loss, section 1): -log softmax_j(u_i.v_j) at j = i plus the same
+    with u and v exchanged, mean over i. Inner products as they are: normalise the rows first where that is meant."""
+    logits = u @ v.mT / temperature
+    positive = logits.diagonal(dim1=-2, dim2=-1)
+    return (logits.logsumexp(-1) + logits.logsumexp(-2) - 2 * positive).mean(-1)
+
+
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     """NT-Xent of SimCLR (Chen et al., ICML 2020): mean over the 2B rows of -log softmax at the positive, the
     softmax over the other 2B - 1 rows of both views."""

@@ -1,6 +1,6 @@
 """Two-view retrieval: its metrics, and runs compared by them.
 
-    python retrieval.py --curve runs/quick-*        # a table, and results/curve.png: R@1 against steps and seconds
+    python retrieval.py runs/quick-*        # a table, and results/curve.png: R@1 against steps and seconds
 """
 import argparse
 import json
@@ -74,13 +74,15 @@ def compare(runs: list[Path], figure: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders that train.py wrote")
-    parser.add_argument("--curve", action="store_true", required=True, help="compare what the runs' logs hold")
-    parser.add_argument("--out", type=Path, default=Path("results/curve.png"), help="the figure (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("results/curve.png"), help="the figure, .png or .pdf (default: %(default)s)")
     knobs = parser.parse_args()
     missing = [str(run) for run in knobs.runs if not (run / "result.json").exists()]
     if missing:
         print(f"retrieval.py: error: no finished run in {', '.join(missing)}: give folders that hold a result.json, "
               "or finish the run with train.py --resume", file=sys.stderr)
+        return 2
+    if knobs.out.suffix not in (".png", ".pdf"):
+        print(f"retrieval.py: error: --out {knobs.out}: give a name that ends in .png or .pdf", file=sys.stderr)
         return 2
     print(compare(knobs.runs, knobs.out))
     return 0

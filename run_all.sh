@@ -5,6 +5,7 @@
 #   bash run_all.sh STAGE ...  stages by name: setup test train report paper
 # A finished run is skipped, an interrupted one goes on where it was. DATA_DIR (default: data) holds the data sets.
 set -euo pipefail
+DATA_DIR=${DATA_DIR:+$(cd "$DATA_DIR" && pwd)}  # as the caller sees it
 cd "$(dirname "$0")"
 DATA_DIR=${DATA_DIR:-data}
 QUICK="random osgd spectral"
@@ -20,7 +21,9 @@ setup() {
   rm -rf .venv
   "$base" -m venv .venv || { echo "run_all.sh: error: $base cannot make a .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
   # Without a GPU the CPU builds are several GB smaller; only an index that has both of the pair can give them.
-  command -v nvidia-smi >/dev/null || $python -m pip install -q "torch==2.14.1+cpu" "torchvision==0.29.1+cpu" 2>/dev/null || true
+  if ! command -v nvidia-smi >/dev/null; then
+    $python -m pip install -q "torch==2.14.1+cpu" "torchvision==0.29.1+cpu" 2>/dev/null || { [ $? -ne 130 ] || exit 130; }
+  fi
   $python -m pip install -q -r requirements.txt
   cp requirements.txt .venv/complete
 }
@@ -39,7 +42,7 @@ train() { for sampler in $QUICK; do run "quick-$sampler" --sampler "$sampler"; d
 
 report() {
   local runs=(); for sampler in $QUICK; do runs+=("runs/quick-$sampler"); done
-  $python retrieval.py --curve "${runs[@]}" --out results/quick.png
+  $python retrieval.py "${runs[@]}" --out results/quick.png
 }
 
 data_sets() {  # the paper's data sets that lie in DATA_DIR
@@ -52,9 +55,9 @@ paper() {
   for dataset in ${sets:-cifar100 tinyimagenet}; do
     for objective in simclr sogclr; do
       for sampler in random osgd spectral; do
-        run "$dataset-$sampler-$objective" --dataset "$dataset" --sampler "$sampler" --objective "$objective" --compile
+        run "$dataset-$sampler-$objective" --dataset "$dataset" --sampler "$sampler" --objective "$objective"
       done
-      $python retrieval.py --curve runs/"$dataset"-*-"$objective" --out "results/$dataset-$objective.png"
+      $python retrieval.py runs/"$dataset"-*-"$objective" --out "results/$dataset-$objective.png"
     done
   done
 }

@@ -335,7 +335,7 @@ def test_bad_embeddings_are_refused(name):
     refused(lambda: call(U, NAN, 0.1), "v has 2 of 20 rows", "NaN")
     for temperature in (0, -0.5, math.nan, math.inf):
         refused(lambda: call(U, V, temperature), f"temperature is {temperature}", "> 0")
-    assert call(1e37 * U.float().sign(), V.float(), 0.1) is not None  # a sum beyond float32 is no infinity
+    assert call(1e15 * U.float(), V.float(), 0.1).isfinite().all()  # a large scale is no infinity
 
 
 @pytest.mark.parametrize("B", [-1, 0, 1, 21])
