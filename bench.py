@@ -137,7 +137,7 @@ def bench_step(steps: int = 40) -> None:
     print(f"{'step of train.py':<20}{1000 * step:>8.1f} ms   ratio {step / forward_backward:.2f}")
 
 
-def bench_data(count: int = 6000) -> None:
+def bench_data(count: int = 20_000) -> None:
     """Images/s from a zip of 64 px JPEGs in Tiny ImageNet's layout into the cache, and seconds of the next start."""
     from PIL import Image
     images, _ = deadleaves("train", 512, 0, size=64)

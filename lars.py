@@ -34,7 +34,10 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> torch.Tensor | None:
-        """One update of every parameter that has a gradient. Never reads a value back from the device."""
+        """One update of every parameter that has a gradient. Never reads a value back from the device.
+
+        The gradients serve as scratch space and hold something else afterwards: a copy would cost as much as the rest.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -52,11 +55,10 @@ class LARS(torch.optim.Optimizer):
             layers, buffers = params[:n], [self.state[p]["momentum_buffer"] for p in params]
             updates = [p.grad for p in params]
             if layers:
-                scaled = torch._foreach_add(updates[:n], layers, alpha=group["weight_decay"])
-                w_norm, d_norm = (torch.stack(torch._foreach_norm(x)) for x in (layers, scaled))
+                torch._foreach_add_(updates[:n], layers, alpha=group["weight_decay"])
+                w_norm, d_norm = (torch.stack(torch._foreach_norm(x)) for x in (layers, updates[:n]))
                 scale = torch.where((w_norm > 0) & (d_norm > 0), group["trust_coefficient"] * w_norm / d_norm, 1.0)
-                torch._foreach_mul_(scaled, list(scale.unbind()))
-                updates[:n] = scaled
+                torch._foreach_mul_(updates[:n], list(scale.unbind()))
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
