@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
 MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
+DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280  # spectral_batches: largest window solved whole, parts of larger ones
 
 
 def _check_size(n: int, batch_size: int) -> None:
@@ -195,30 +196,187 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
         u, v = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (u, v))
         s = (u @ v.T) / temperature
         own = s.diagonal() - math.log(batch_size - 1)
-        w = F.softplus(s - own[:, None]) + F.softplus(s - own)
+        if temperature < 0.06:
+            w = F.softplus(s - own[:, None]) + F.softplus(s - own)
+        else:  # one exponential and one logarithm, which hold in float32 up to exp(2 / 0.06): four times as fast
+            scale = (1 / temperature - own).exp()
+            s = s.sub_(1 / temperature).exp_()
+            one = torch.ones((), dtype=s.dtype, device=s.device)
+            w = torch.addcmul(one, s, scale[:, None]).mul_(torch.addcmul(one, s, scale)).log_()
         return (w + w.T).fill_diagonal_(0)
 
 
 def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
-                     generator: Generator | None = None) -> Tensor:
+                     generator: Generator | None = None, refine: bool = False) -> Tensor:
     """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
 
     u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split into
     batches of exactly B, so that every row is in one batch; the last n % B rows are dropped.  Returns [n // B, B] on
-    the device of u.  Works in float32 with memory O((k B)^2).  Raises ValueError for wrong shapes, NaN,
-    temperature <= 0, a batch_size outside [2, n], k * B > n.
+    the device of u.  refine: exchange rows between batches until they are harder still (ours: refine_by_weight, then
+    refine_by_loss).  Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches; a larger
+    window is cut into parts of similar rows, about PART_ROWS each, so that time and memory grow as k B; with refine,
+    batches that lie close are brought together in new parts, twice, and go on exchanging.
+    Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n.
     """
     _check(u, v, temperature, read=True)
     _check_size(len(u), batch_size)
     _check_k(len(u), batch_size, k)
-    whole = len(u) // batch_size * batch_size
-    u, v = u.detach().float(), v.detach().float()
+    n = len(u) // batch_size * batch_size
+    u, v = (x.detach()[:n] for x in (u, v))
+
+    def solve(rows: Tensor, batches: Tensor | None = None) -> Tensor:
+        x, y = u[rows].float(), v[rows].float()
+        w = spectral_affinity(x, y, batch_size, temperature)
+        if batches is None:
+            batches = _balanced_clusters(w, batch_size, generator)
+        if refine:
+            batches = refine_by_weight(w, batches)
+            # For two the weight is the InfoNCE loss and for few near it; few large batches meet too seldom to matter.
+            if 8 <= batch_size <= 8 * len(batches):
+                batches = refine_by_loss(x, y, batches, temperature)
+        return rows[batches]
+
     batches = []
-    for start in range(0, whole, k * batch_size):
-        window = slice(start, min(start + k * batch_size, whole))
-        w = spectral_affinity(u[window], v[window], batch_size, temperature)
-        batches.append(start + _balanced_clusters(w, batch_size, generator))
-    return torch.cat(batches).to(u.device)
+    for window in torch.arange(n, device=u.device).split(k * batch_size):
+        if len(window) <= max(min(DENSE_ROWS, DENSE_BATCHES * batch_size), 2 * batch_size):
+            batches.append(solve(window))
+            continue
+        part = min(max(PART_ROWS // batch_size, 2), DENSE_BATCHES)  # batches in a part
+        centre = F.normalize(F.normalize(u[window].float(), dim=1) + F.normalize(v[window].float(), dim=1), dim=1)
+        parts = _similar_parts(centre, part * batch_size, batch_size, generator)
+        own = torch.cat([solve(window[rows]) for rows in parts])
+        for _ in range(2 * refine):
+            groups = _similar_parts(centre[own - window[0]].mean(1), part, 1, generator)
+            own = torch.cat([solve(own[group].flatten(), torch.arange(len(group) * batch_size, device=u.device)
+                                   .view(-1, batch_size)) for group in groups])
+        batches.append(own)
+    return torch.cat(batches)
+
+
+def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) -> Tensor:
+    """A partition of greater inside weight, from any one: exchanges between pairs of batches while they add to it.
+
+    w [n, n] symmetric with zero diagonal (spectral_affinity); batches [k, B] of its rows, all distinct.  With
+    D[i, b] the weight of row i to the rows of batch b, exchanging i of a and j of b adds
+        D[i, b] - D[i, a] + D[j, a] - D[j, b] - 2 w[i, j]
+    to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches, those first
+    whose bound (the same without w) is highest. Ends where no exchange helps, or after max_rounds (default: 2^32
+    gains looked at, which only batches of hundreds reach). Returns [k, B].
+    """
+    k, size = batches.shape
+    if max_rounds is None:
+        max_rounds = max(2 ** 33 // (k * size ** 2), 1)
+    batches = batches.clone()
+    every = torch.arange(k, device=w.device)
+    inside = w[:, batches.flatten()].view(-1, k, size).sum(2)[batches]  # [k, B, k]: D of the row in each slot
+    own = inside.diagonal(0, 0, 2).T[:, :, None]  # a view: D[i, a]
+    least = 1e-6 * own.mean()  # what counts as better
+    top = (inside - own).amax(1)  # [a, b]: the most that a row of a gains by moving to b
+    open_pairs = ~torch.eye(k, dtype=torch.bool, device=w.device)
+    for _ in range(max_rounds):
+        bound, mate = (top + top.T).where(open_pairs, -torch.inf).max(1)
+        a = ((mate[mate] == every) & (every < mate) & (bound > least)).nonzero()[:, 0]
+        if len(a) == 0:
+            break
+        b = mate[a]
+        gain = ((inside[a, :, b] - inside[a, :, a])[:, :, None] + (inside[b, :, a] - inside[b, :, b])[:, None]
+                - 2 * w[batches[a][:, :, None], batches[b][:, None]])  # [pairs, B, B]
+        gain, slots = gain.flatten(1).max(1)
+        better = gain > least
+        open_pairs[a[~better], b[~better]] = open_pairs[b[~better], a[~better]] = False
+        a, b, x, y = a[better], b[better], slots[better] // size, slots[better] % size
+        i, j = batches[a, x], batches[b, y]
+        batches[a, x], batches[b, y] = j, i
+        inside[a, x], inside[b, y] = inside[b, y], inside[a, x]
+        change = (w[j] - w[i])[:, batches].permute(1, 2, 0)
+        inside[:, :, a] += change
+        inside[:, :, b] -= change
+        changed = torch.cat([a, b])
+        top[changed] = (inside[changed] - own[changed]).amax(1)
+        top[:, changed] = (inside[:, :, changed] - own).amax(1)
+        open_pairs[changed] = open_pairs[:, changed] = True
+        open_pairs.fill_diagonal_(False)
+    return batches
+
+
+def refine_by_loss(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1, tournaments: int = 1) -> Tensor:
+    """A partition of greater mean NT-Xent, from any one: exchanges between pairs of batches while they add to it.
+
+    u, v [n, d]; batches [k, B] of their rows, all distinct.  In a tournament every batch meets every other, k/2 pairs at a
+    time. The loss of a sample is log S, S a sum over its batch, so what an exchange does to those who stay is bounded by
+    its first-order term; the exchange of the highest bound in each pair is made if its exact gain is positive.
+    Memory O((k B)^2).  Returns [k, B].
+    """
+    k, size = batches.shape
+    order, n = batches.flatten().clone(), k * size
+    u, v = (F.normalize(x[order].float(), dim=1) for x in (u, v))
+    # Rows in the order of the slots, so that the terms of two batches are blocks: e[z, i, j] is what having sample j
+    # in its batch adds to the sum S of view z of sample i.
+    cross = (u @ v.T).sub_(1).div_(temperature).exp_()
+    positive = cross.diagonal().reshape(k, size)
+    e = torch.stack([u @ u.T, v @ v.T]).sub_(1).div_(temperature).exp_()
+    e += torch.stack([cross, cross.T])
+    e.diagonal(0, 1, 2).zero_()
+    blocks = e.view(2, k, size, k, size)
+    players = k + k % 2  # the last one of an odd number sits out
+    ring = torch.arange(players, device=u.device)
+    open_pairs = (ring[:, None] < k) & (ring < k)
+    side = torch.arange(2, device=u.device)[:, None]
+    for _ in range(tournaments * (players - 1)):
+        ring = torch.cat([ring[:1], ring[1:].roll(1)])
+        pair = torch.stack([ring[:players // 2], ring[players // 2:].flip(0)])  # [2 sides, P]
+        pair = pair[:, open_pairs[pair[0], pair[1]]]
+        if pair.shape[1] == 0:
+            continue
+        open_pairs[pair, pair.flip(0)] = False
+        same, other = (blocks[:, pair, :, batch].transpose(0, 2) for batch in (pair, pair.flip(0)))  # [2, P, sides, B, B]
+        start = positive[pair].transpose(0, 1)  # [P, sides, B]
+        total, total_other = start + same.sum(4), start + other.sum(4)  # S here, and with all of the other batch
+        slope = 1 / total
+        stay = (slope[..., None, :] @ other)[..., 0, :].flip(2) - (slope[..., None, :] @ same)[..., 0, :]
+        leave = (stay - total.log()).sum(0)  # [P, sides, B]
+        # Whoever moves does not meet whom it replaces, and has no part in what those who stay gain.
+        meet = ((total_other[..., None] - other).clamp_(min=1e-37).log_() - slope[..., None] * other).sum(0)
+        bound = meet[:, 0] + meet[:, 1].mT + leave[:, 0, :, None] + leave[:, 1, None]  # [P, B, B]
+        bound, slots = bound.flatten(1).max(1)
+        slot = torch.stack([slots // size, slots % size])  # [sides, P]
+        p = torch.arange(len(slots), device=u.device)
+        change = (other[:, p, side, :, slot.flip(0)] - same[:, p, side, :, slot]) * slope.permute(2, 1, 0, 3)
+        error = change.clamp(min=-1 + 1e-7).log1p() - change  # [sides, P, 2, B]
+        error[side, p, :, slot] = 0
+        better = bound + error.sum((0, 2, 3)) > 1e-4
+        rows, changed = (pair * size + slot)[:, better], pair[:, better].flatten()
+        i, j = rows.flatten(), rows.flip(0).flatten()
+        order[i], e[:, i], positive.view(-1)[i] = order[j], e[:, j], positive.view(-1)[j]
+        e[:, :, i] = e[:, :, j]
+        open_pairs[changed, :k] = open_pairs[:k, changed] = True
+        open_pairs.fill_diagonal_(False)
+    return order.view(k, size)
+
+
+def _similar_parts(x: Tensor, size: int, unit: int, generator: Generator | None) -> list[Tensor]:
+    """Row numbers of x [n, d] in parts of similar rows, at most `size` each and a multiple of `unit` (n is one).
+
+    Bisects by the line between two centres (2-means of a sample), at the quantile that keeps parts of one size.
+    """
+    device = generator.device if generator else "cpu"
+    whole, parts = [torch.arange(len(x), device=x.device)], []
+    while whole:
+        rows = whole.pop()
+        count = -(-len(rows) // size)
+        if count == 1:
+            parts.append(rows)
+            continue
+        sample = x[rows[torch.randint(len(rows), (2048,), generator=generator, device=device).to(x.device)]]
+        one, two = sample[:2]
+        for _ in range(8):
+            line = two - one
+            near = (sample @ line > (two + one) @ line / 2).to(x.dtype)
+            one, two = (weight @ sample / weight.sum().clamp(min=1) for weight in (1 - near, near))
+        order = rows[(x[rows] @ (two - one)).argsort(stable=True)]
+        cut = count // 2 * -(-len(rows) // count // unit) * unit
+        whole += [order[:cut], order[cut:]]
+    return parts
 
 
 def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Tensor:

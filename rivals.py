@@ -1,0 +1,205 @@
+"""Other methods of choosing hard mini-batches, each after its paper, for comparison with samplers.py.
+
+    python bench.py samplers     # prints all of them in one table
+
+Every function takes embeddings u, v [n, d] of n pairs (any scale, any device; rows are scaled to length 1 here, so that
+inner products are cosines) and returns int64 row numbers [n // B, B] on the device of u, the same ones for the same
+state of `generator` (None: torch's global one); B is batch_size. No row is in two batches (batch_sampler alone makes no
+such partition), and the last n % B rows are in none. All work on the CPU. ValueErrors as in samplers.py.
+"""
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import reverse_cuthill_mckee
+from torch import Generator, Tensor
+
+from samplers import _check, _check_k, _check_size, spectral_affinity
+
+
+def _unit_rows(u: Tensor, v: Tensor, batch_size: int) -> tuple[Tensor, Tensor, int]:
+    """u and v checked, the first n // B * B rows of each, on the CPU, in float32, of length 1; and how many."""
+    _check(u, v, 1.0, read=True)
+    _check_size(len(u), batch_size)
+    whole = len(u) // batch_size * batch_size
+    u, v = (F.normalize(x[:whole].detach().cpu().float(), dim=1) for x in (u, v))
+    return u, v, whole
+
+
+def _similarities(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inner products of the rows of x and y, -inf for i = j, in tiles of 16 MiB at most: row numbers [t], s [t, n]."""
+    for rows in torch.arange(len(x)).split(max(1, 2 ** 22 // len(x))):
+        s = x[rows] @ y.T
+        s[torch.arange(len(rows)), rows] = -torch.inf
+        yield rows, s
+
+
+def _rand(generator: Generator | None, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device if generator else "cpu").cpu()
+
+
+def _kmeans(x: Tensor, k: int, generator: Generator | None, rounds: int = 30) -> Tensor:
+    """Centres [k, d] of the rows of x [n, d]: k-means++ (Arthur & Vassilvitskii, 2007), then Lloyd's rounds."""
+    weight, centres = torch.full((len(x),), 1e30, dtype=x.dtype), []  # the same for all: the first is drawn uniformly
+    for draw in _rand(generator, k):
+        total = weight.cumsum(0, dtype=torch.float64)
+        # With fewer distinct rows than centres every weight ends at 0, and the clamp takes the last row.
+        centres.append(x[torch.searchsorted(total, draw * total[-1], right=True).clamp(max=len(x) - 1)])
+        weight = torch.minimum(weight, (x - centres[-1]).square().sum(1))
+    centres = torch.stack(centres)
+    for _ in range(rounds):
+        label = torch.cdist(x, centres).argmin(1)
+        count = torch.bincount(label, minlength=k)[:, None]
+        mean = torch.zeros_like(centres).index_add_(0, label, x) / count.clamp(min=1)
+        centres = torch.where(count > 0, mean, centres)
+    return centres
+
+
+def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -> Tensor:
+    """GCBS: consecutive rows of a bandwidth-reducing order of the graph of the most similar pairs. Nothing is random.
+
+    Sachidananda, Yang & Zhu, "Global Selection of Contrastive Batches via Optimization on Sample Permutations", ICML
+    2023.  Edges, either way, are the u_i.v_j, i != j, above the quantile of all; reverse Cuthill-McKee orders the rows.
+    """
+    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
+    if quantile is None:
+        # 0.999 leaves n / 1000 edges a row: of 10^5 rows more than a batch, of a few thousand next to none, and many
+        # rows in a random order. So B edges a row at least; on real embeddings that is next to the best quantile.
+        quantile = min(0.999, 1 - batch_size / n)
+    if not 0 <= quantile < 1:
+        raise ValueError(f"quantile is {quantile}; give a number from 0 to below 1, for instance 0.999")
+    # From all rows up to n = 2,048, from evenly spaced ones beyond.
+    floor = (unit_u[::-(-n * n // 2 ** 22)] @ unit_v.T).flatten().quantile(quantile)
+    edges = torch.cat([(s > floor).nonzero() + torch.tensor([rows[0], 0]) for rows, s in _similarities(unit_u, unit_v)])
+    graph = coo_array((torch.ones(len(edges)).numpy(), edges.T.numpy()), (n, n)).tocsr()
+    order = reverse_cuthill_mckee(graph + graph.T, symmetric_mode=True)
+    return torch.from_numpy(order.astype("int64")).view(-1, batch_size).to(u.device)
+
+
+def batch_sampler(u: Tensor, v: Tensor, batch_size: int, candidates: int = 1000, neighbours: int = 100,
+                  restart: float = 0.1, generator: Generator | None = None) -> Tensor:
+    """BatchSampler: each batch is what one random walk with restart meets on a proximity graph; no partition.
+
+    Yang et al., "BatchSampler: Sampling Mini-Batches for Contrastive Learning in Vision, Language, and Graphs", KDD
+    2023.  A row's out-neighbours are the `neighbours` nearest (u_i.u_j + v_i.v_j) of `candidates` random other rows, or
+    of all.  The walks are independent: a row is in any number of batches, in each at most once.  The defaults are
+    those of the released main.py, which lowers restart to 0.05 over the epochs.
+    """
+    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
+    if not batch_size - 1 <= neighbours <= candidates:  # with fewer a walk may never meet B rows
+        raise ValueError(f"neighbours is {neighbours} of {candidates} candidates with batches of {batch_size}; give "
+                         f"neighbours from batch_size - 1 = {batch_size - 1} to the number of candidates")
+    if not 0 <= restart < 1:
+        raise ValueError(f"restart is {restart}; give a probability from 0 to below 1, for instance 0.1")
+    near = _nearest_of_random(torch.cat([unit_u, unit_v], 1), candidates, neighbours, generator)
+    start = _rand(generator, n).argsort()[:n // batch_size]
+    batches = start[:, None].repeat(1, batch_size)  # places still free hold the start
+    here, count = start, torch.ones_like(start)
+    while (count < batch_size).any():
+        jump, turn = _rand(generator, 2, len(start))
+        here = torch.where(jump < restart, start, near[here, (turn * near.shape[1]).long()])
+        new = ((batches != here[:, None]).all(1) & (count < batch_size)).nonzero().squeeze(1)
+        batches[new, count[new]] = here[new]
+        count[new] += 1
+    return batches.to(u.device)
+
+
+def _nearest_of_random(x: Tensor, candidates: int, neighbours: int, generator: Generator | None) -> Tensor:
+    """Of random other rows, drawn for each row of x [n, d], the nearest, [n, neighbours], nearest first."""
+    near = []
+    for rows, s in _similarities(x, x):
+        draw = _rand(generator, *s.shape).masked_fill_(s == -torch.inf, -1)
+        drawn = draw.topk(min(candidates, len(x) - 1)).indices
+        near.append(drawn.gather(1, s.gather(1, drawn).topk(min(neighbours, drawn.shape[1])).indices))
+    return torch.cat(near)
+
+
+def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
+                      generator: Generator | None = None) -> Tensor:
+    """Algorithm 1 as its authors released it: spectral clustering of exp(w), w = spectral_affinity.
+
+    Cho et al., "Mini-Batch Optimization of Contrastive Loss", TMLR 2024.  In each window of k * B rows (the last may be
+    smaller) the k largest eigenvectors of D^-1/2 exp(w) D^-1/2, times D^-1/2; k-means on their rows; and to each
+    centre B rows by an optimal assignment of the distances, which are not squared.
+    """
+    _check(u, v, temperature, read=True)
+    _check_size(len(u), batch_size)
+    _check_k(len(u), batch_size, k)
+    batches = []
+    for rows in torch.arange(len(u) // batch_size * batch_size).split(k * batch_size):
+        w = spectral_affinity(*(x.detach().cpu()[rows].double() for x in (u, v)), batch_size, temperature)
+        affinity = (w - w.max()).exp().fill_diagonal_(0)  # exp(w) alone may overflow; the factor cancels
+        half = affinity.sum(1, keepdim=True).clamp(min=1e-150).rsqrt()
+        x = half * torch.linalg.eigh(half * affinity * half.T)[1][:, -(len(rows) // batch_size):]
+        cost = torch.cdist(x, _kmeans(x, x.shape[1], generator)).repeat_interleave(batch_size, 1)
+        label = torch.from_numpy(linear_sum_assignment(cost.numpy())[1]) // batch_size
+        batches.append(rows[label.argsort(stable=True)].view(-1, batch_size))
+    return torch.cat(batches).to(u.device)
+
+
+def b3(u: Tensor, v: Tensor, batch_size: int, cluster_size: int | None = None, ranks: tuple[int, int] | None = None,
+       generator: Generator | None = None) -> Tensor:
+    """B3: batches are unions of communities of a graph without the edges to each row's very nearest.
+
+    Thirukovalluru et al., "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch Mining", NeurIPS
+    2025.  Each u_i ranks the v_j, j != i, from 0; an edge joins two rows that give each other a rank in [low, high)
+    (nearer ones are likely false negatives).  Communities have cluster_size rows, a divisor of batch_size.
+    """
+    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
+    # The released code: communities of 32, ranks 30 to 130, of 10^4 samples and more. Of fewer these would skip whole
+    # neighbourhoods and then join almost everything, so both shrink with n below 3,840 and 1,600.
+    size = cluster_size if cluster_size is not None else batch_size if batch_size % 32 else 32
+    low, high = ranks or (min(30, n // 128), min(30, n // 128) + min(100, max(1, n // 16)))
+    if size < 1 or batch_size % size:
+        raise ValueError(f"cluster_size is {size} with a batch_size of {batch_size}; give a divisor of {batch_size}")
+    if not 0 <= low < min(high, n - 1):
+        raise ValueError(f"ranks is {(low, high)} with {n} samples; give (low, high), 0 <= low < high, low < {n - 1}")
+    edges = torch.cat([(rows[:, None] * n + s.topk(min(high, n - 1)).indices[:, low:]).flatten()
+                       for rows, s in _similarities(unit_u, unit_v)])
+    edges = edges[torch.isin(edges % n * n + edges // n, edges)]
+    communities = _partition(edges // n, edges % n, n, size, generator)
+    return communities[_rand(generator, len(communities)).argsort()].view(-1, batch_size).to(u.device)
+
+
+def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator | None) -> Tensor:
+    """n nodes in parts of exactly `size` with few edges (row, col), listed both ways, between them, [n // size, size].
+
+    In METIS's place: recursive bisection, all parts of a level at once. A part is cut along the slowest mode of a
+    random walk in it, where the sizes come out right; then nodes change sides to where most of their neighbours are.
+    """
+    def total(x: Tensor, node: Tensor) -> Tensor:
+        return torch.zeros(n).index_add_(0, node, x)
+
+    def cut(x: Tensor) -> Tensor:  # 2 * part for the smallest x of each part, as many as halves says, else 2 * part + 1
+        order = x.argsort(stable=True)
+        order = order[part[order].argsort(stable=True)]
+        return torch.empty_like(part).scatter_(0, order, torch.arange(len(halves)).repeat_interleave(size * halves))
+
+    part, parts = torch.zeros(n, dtype=torch.int64), torch.tensor([n // size])  # parts: how many each will become
+    while parts.max() > 1:
+        inside = part[row] == part[col]
+        row, col = row[inside], col[inside]
+        degree = total(torch.ones(len(row)), row).clamp(min=1)
+        halves = torch.stack([parts // 2, parts - parts // 2], 1).flatten()
+        x = _rand(generator, n) - 0.5
+        for _ in range(50):  # every mode but the constant, which orders nothing, fades, the slowest last
+            x = (x + total(x[col], row) / degree) / 2
+        new = cut(x)
+        for _ in range(20):  # a random half stays where it is: all at once would change places to and fro
+            side = new % 2 * 2 - 1.0
+            new = cut(torch.where(_rand(generator, n) < 0.5, side * n, total(side[col], row) + side))
+        part, parts = new.unique(return_inverse=True)[1], halves[halves > 0]
+    return part.argsort(stable=True).view(-1, size)
+
+
+def greedy_groups(u: Tensor, v: Tensor, batch_size: int, generator: Generator | None = None) -> Tensor:
+    """The first thing to try: k-means of u + v with n // B centres; cluster after cluster is cut into batches.
+
+    As in NGAME (Dahiya et al., WSDM 2023) batches are made of clusters, which may have any size here.
+    """
+    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
+    x = F.normalize(unit_u + unit_v, dim=1)
+    label = torch.cdist(x, _kmeans(x, n // batch_size, generator)).argmin(1)
+    return label.argsort(stable=True).view(-1, batch_size).to(u.device)
