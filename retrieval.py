@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # One colour a sampler in every figure; distinct also without colour vision (Okabe and Ito).
-COLOURS = {"random": "#555555", "osgd": "#E69F00", "osgd-replacement": "#CC79A7", "spectral": "#0072B2"}
+COLOURS = {"random": "#555555", "osgd": "#E69F00", "osgd-replacement": "#CC79A7", "spectral": "#0072B2",
+           "refined": "#009E73"}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ set -euo pipefail
 DATA_DIR=${DATA_DIR:+$(cd "$DATA_DIR" && pwd)}  # as the caller sees it
 cd "$(dirname "$0")"
 DATA_DIR=${DATA_DIR:-data}
-QUICK="random osgd spectral"
+QUICK="random osgd spectral refined"
 python=.venv/bin/python
 
 setup() {
@@ -54,7 +54,7 @@ paper() {
   local sets; sets=$(data_sets)
   for dataset in ${sets:-cifar100 tinyimagenet}; do
     for objective in simclr sogclr; do
-      for sampler in random osgd spectral; do
+      for sampler in random osgd spectral refined; do
         run "$dataset-$sampler-$objective" --dataset "$dataset" --sampler "$sampler" --objective "$objective"
       done
       $python retrieval.py runs/"$dataset"-*-"$objective" --out "results/$dataset-$objective.png"

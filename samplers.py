@@ -1,21 +1,30 @@
 """Mini-batches for contrastive learning, random or hard. Copy this file into your project; it needs torch and scipy.
 
     u, v = encoder(view1), encoder(view2)                    # [n, d] each, in a random order; any scale, any device
-    batches = spectral_batches(u, v, batch_size=32, k=40)    # [n // 32, 32]: rows of u and v, hard to tell apart
+    batches = spectral_batches(u, v, batch_size=32, k=40, refine=True)    # [n // 32, 32]: rows hard to tell apart
     for rows in batches:
         loss = contrastive_loss(view1[rows], view2[rows])
     print(batch_losses(u, v, batches).mean(), batch_losses(u, v, random_batches(len(u), 32)).mean())
+
+or as a batch sampler that keeps the embeddings of your training steps:
+
+    sampler = ContrastiveBatchSampler(len(dataset), batch_size=32)    # DataLoader(dataset, batch_sampler=sampler)
+    ...; sampler.update(rows, u, v)
 
 The algorithms of Cho et al., "Mini-Batch Optimization of Contrastive Loss" (TMLR 2024), with its letters: n pairs,
 B = batch_size, k batches at a time of which q are kept. Every selection returns int64 row numbers, the same ones
 for the same state of `generator` (None: torch's global one). Rows of u and v are scaled to length 1 here.
 """
+import copy
 import math
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
+from torch.utils.data import Sampler
 
 MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
 DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280  # spectral_batches: largest window solved whole, parts of larger ones
@@ -260,12 +269,12 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
     D[i, b] the weight of row i to the rows of batch b, exchanging i of a and j of b adds
         D[i, b] - D[i, a] + D[j, a] - D[j, b] - 2 w[i, j]
     to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches, those first
-    whose bound (the same without w) is highest. Ends where no exchange helps, or after max_rounds (default: 2^32
+    whose bound (the same without w) is highest. Ends where no exchange helps, or after max_rounds (default: 2^30
     gains looked at, which only batches of hundreds reach). Returns [k, B].
     """
     k, size = batches.shape
     if max_rounds is None:
-        max_rounds = max(2 ** 33 // (k * size ** 2), 1)
+        max_rounds = max(2 ** 31 // (k * size ** 2), 1)
     batches = batches.clone()
     every = torch.arange(k, device=w.device)
     inside = w[:, batches.flatten()].view(-1, k, size).sum(2)[batches]  # [k, B, k]: D of the row in each slot
@@ -439,3 +448,143 @@ def _assign(gain: Tensor, size: int) -> Tensor:
     slots = torch.arange(k).repeat_interleave(size - torch.bincount(label[~loose], minlength=k))
     label[loose] = slots[torch.from_numpy(linear_sum_assignment(gain[loose][:, slots].numpy(), maximize=True)[1])]
     return label
+
+
+class ContrastiveBatchSampler(Sampler):
+    """Hard batches for DataLoader(dataset, batch_sampler=...) or a loop of your own: lists of B row numbers.
+
+    A permutation of the n samples is taken in windows of k * B (or `window`) samples. Each is embedded when its turn
+    comes and gives k batches ("spectral", Algorithm 1), or the q of highest, or `lowest`, loss ("osgd", Algorithm 6,
+    on as many permutations as an epoch of n // B batches needs). u, v [m, d], two views or two modalities, come from
+    - embed(indices [m]), without gradients, up to max(B, 256) samples a call; set the encoder to eval mode in it; or
+    - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come first,
+      in random batches: that is all of the first epoch. Without either function every batch is random.
+    Of these batches each of world_size processes takes every world_size-th; with torch.distributed, of rank 0's.
+    DataLoader workers fetch ahead: windows are then chosen, and state_dict stands, a few batches early.
+    Raises ValueError for arguments that do not fit together and, while iterating, for embeddings it cannot use.
+    """
+    MADE = "num_samples", "batch_size", "seed", "world_size"
+    STATE = "epoch", "step", "rest", "random", "pending", "uv", "seen"
+
+    def __init__(self, num_samples: int, batch_size: int, method: str = "spectral", refine: bool = True,
+                 k: int | None = None, q: int | None = None, window: int | None = None, temperature: float = 0.1,
+                 seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, lowest: bool = False,
+                 rank: int = 0, world_size: int = 1):
+        _check_size(num_samples, batch_size)
+        whole = num_samples // batch_size
+        if window is not None and (not batch_size <= window <= num_samples or k not in (None, window // batch_size)):
+            raise ValueError(f"window is {window} and k {k}; give k, or a window from {batch_size} to {num_samples}")
+        k = window // batch_size if window is not None else min(40, whole) if k is None else k
+        _check_k(num_samples, batch_size, k)
+        if method not in ("spectral", "osgd") or method == "spectral" and (q is not None or lowest):
+            raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; give 'spectral' without them, or 'osgd'")
+        q = max(1, k // 10) if q is None else q
+        one = torch.ones(1, 1)
+        select_by_loss(one, one, torch.zeros(k, 2, dtype=torch.int64), q, temperature)  # refuses a q or temperature
+        if not 0 <= rank < world_size <= whole:
+            raise ValueError(f"rank is {rank} and world_size {world_size}; give 0 <= rank < world_size <= {whole}")
+        self.num_samples, self.batch_size, self.drop_last = num_samples, batch_size, True  # accelerate reads drop_last
+        self.method, self.refine, self.k, self.q, self.lowest = method, refine, k, q, lowest
+        self.temperature, self.seed, self.embed, self.rank, self.world_size = temperature, seed, embed, rank, world_size
+        self.uv, self.seen = None, torch.zeros(num_samples, dtype=torch.bool)
+        self.generator = torch.Generator()
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch, self.step, self.resumed = epoch, 0, False
+        self.rest, self.random = torch.empty(0, dtype=torch.int64), 0  # of the permutation; its first, random batches
+        self.pending = []  # batches of the window
+        self.generator.manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets what the next iteration gives; otherwise that is the epoch after the last. Keeps a loaded position."""
+        if epoch != self.epoch:
+            self._begin(epoch)
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size // self.world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.resumed:
+            self._begin(self.epoch)
+        self.resumed = False
+        while self.step < len(self):
+            while len(self.pending) < self.world_size:  # so all processes choose at the same step
+                self.pending += self._choose()
+            batches, self.pending = self.pending[:self.world_size], self.pending[self.world_size:]
+            self.step += 1
+            yield batches[self.rank]
+        self._begin(self.epoch + 1)
+
+    def _choose(self) -> list[list[int]]:
+        """The batches of the next window."""
+        B, least = self.batch_size, self.k if self.method == "osgd" else 1
+        if not self.random and len(self.rest) < least * B:
+            self.rest = torch.randperm(self.num_samples, generator=self.generator)
+            if self.embed is None:
+                seen = self.seen.cpu()[self.rest]
+                self.rest = self.rest[seen.byte().argsort(stable=True)]  # those without an embedding first
+                self.random = min(math.ceil(int((~seen).sum()) / B), len(seen) // B)
+        count = min(self.random or self.k, self.k, len(self.rest) // B)
+        rows = self.rest[:count * B]
+        if not self.random:
+            if self.embed is None:
+                u, v = self.uv[rows.to(self.uv.device)].unbind(1)
+            else:
+                with torch.no_grad():
+                    u, v = (torch.cat(x) for x in zip(*map(self.embed, rows.split(max(B, 256)))))
+                if len(u) != len(rows):
+                    raise ValueError(f"embed gave {len(u)} rows for {len(rows)} indices; give one for each, in order")
+            chosen = (osgd_batches(u, v, B, self.k, self.q, self.temperature, self.lowest) if self.method == "osgd" else
+                      spectral_batches(u, v, B, count, self.temperature, self.generator, self.refine))
+            rows = rows[chosen.flatten().cpu()]
+        batches = [rows.view(-1, B).tolist()]
+        if self._distributed():
+            dist.broadcast_object_list(batches)
+        self.rest, self.random = self.rest[count * B:], max(0, self.random - count)  # now: embed may be interrupted
+        return batches[0]
+
+    def _distributed(self) -> bool:
+        return self.world_size > 1 and dist.is_available() and dist.is_initialized()
+
+    def update(self, indices: Tensor | list[int], u: Tensor, v: Tensor) -> None:
+        """Stores u, v [m, d] of the samples `indices` [m], on the device of u and without waiting for it.
+
+        With torch.distributed and world_size > 1 all processes call it, with the same m, and store what all gave.
+        Raises ValueError for shapes that do not fit, a sampler with embed and, on the CPU, indices outside [0, n).
+        """
+        _check(u, v, self.temperature, read=False)
+        indices, d = torch.as_tensor(indices), u.shape[1] if self.uv is None else self.uv.shape[2]
+        if self.embed is not None:
+            raise ValueError("update is called and embed was given; leave out one of the two")
+        if indices.dtype != torch.int64 or indices.shape != u.shape[:1] or u.shape[1] != d:
+            raise ValueError(f"indices is {tuple(indices.shape)} {indices.dtype} and u {tuple(u.shape)}; "
+                             f"give m int64 indices and [m, {d}] embeddings")
+        if indices.device.type == "cpu" and len(u) and not 0 <= indices.min() <= indices.max() < self.num_samples:
+            raise ValueError(f"indices go from {indices.min()} to {indices.max()}; give 0 to {self.num_samples - 1}")
+        indices, uv = indices.to(u.device, non_blocking=True), torch.stack([u.detach(), v.detach()], 1).float()
+        if self._distributed():
+            of_all = [x.new_empty(dist.get_world_size() * len(x), *x.shape[1:]) for x in (indices, uv)]
+            for every, own in zip(of_all, (indices, uv)):
+                dist.all_gather_into_tensor(every, own)
+            indices, uv = of_all
+        if self.uv is None:
+            self.uv = torch.zeros(self.num_samples, 2, d, device=u.device)
+        self.uv, self.seen = self.uv.to(u.device), self.seen.to(u.device)
+        self.uv.index_copy_(0, indices, uv)
+        self.seen.index_fill_(0, indices, True)
+
+    def state_dict(self) -> dict:
+        """Where the epoch stands, and what update stored: after load_state_dict the rest follows exactly."""
+        return {"generator": self.generator.get_state()} | {name: copy.deepcopy(getattr(self, name))
+                                                            for name in self.MADE + self.STATE}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where state_dict was called. Raises ValueError where the two samplers' sizes or seeds differ."""
+        for name in self.MADE:
+            if state[name] != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}; for this state make the sampler with {state[name]}")
+        for name in self.STATE:
+            setattr(self, name, copy.deepcopy(state[name]))
+        self.generator.set_state(state["generator"])
+        self.resumed = True

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from samplers import (_assign, all_batches, batch_losses, osgd_batches, osgd_batches_with_replacement, random_batches,
-                      random_batches_with_replacement, select_by_loss, spectral_affinity, spectral_batches)
+                      random_batches_with_replacement, refine_by_loss, refine_by_weight, select_by_loss, spectral_affinity,
+                      spectral_batches)
 
 
 REFERENCE = np.load(Path(__file__).parent / "test_reference.npz")
@@ -282,6 +283,111 @@ def test_spectral_generator_decides():
     a = spectral_batches(u, v, 8, 12)
     torch.manual_seed(3)
     assert torch.equal(a, spectral_batches(u, v, 8, 12))
+
+
+# ---------------------------------------------------------------------------- refinement
+def all_partitions(rows: list, size: int):
+    """Every partition of the rows into batches, each once."""
+    if not rows:
+        yield []
+    for others in itertools.combinations(rows[1:], size - 1) if rows else ():
+        for rest in all_partitions([row for row in rows[1:] if row not in others], size):
+            yield [[rows[0], *others], *rest]
+
+
+def inside(w, batches) -> torch.Tensor:
+    return w[batches[..., :, None], batches[..., None, :]].sum((-3, -2, -1))
+
+
+@pytest.mark.parametrize("n, B", [(8, 2), (9, 3), (12, 3), (12, 4)])
+def test_refined_is_near_the_optimum(n, B):
+    partitions = torch.tensor(list(all_partitions(list(range(n)), B)))
+    shares = []
+    for seed in range(50):
+        g = seeded(seed)
+        u = torch.randn(n, 4, generator=g)
+        v = u + 0.5 * torch.randn(n, 4, generator=g)
+        w = spectral_affinity(u, v, B)
+        best = inside(w, partitions).max()
+        shares.append([inside(w, batches) / best for batches in (
+            spectral_batches(u, v, B, n // B, generator=g, refine=True), spectral_batches(u, v, B, n // B, generator=g),
+            refine_by_weight(w, random_batches(n, B, g)), random_batches(n, B, g))])
+    refined, plain, from_random, random = torch.tensor(shares).mean(0).tolist()
+    assert random < 0.5 < plain < refined and refined >= 0.99 and from_random > 0.95
+
+
+def test_inside_weight_never_falls_and_ends_where_no_exchange_helps():
+    u, v, _ = clustered(6, 8, 1.0)
+    w, start = spectral_affinity(u, v, 8), random_batches(48, 8, seeded())
+    weights = [inside(w, start)]
+    for rounds in itertools.count(1):
+        batches = refine_by_weight(w, start, rounds)
+        assert batches.flatten().sort().values.equal(torch.arange(48))
+        weights.append(inside(w, batches))
+        if weights[-1] == weights[-2] and torch.equal(batches, refine_by_weight(w, start)):
+            break
+        assert weights[-1] >= weights[-2]
+    assert rounds > 5 and weights[-1] > 1.5 * weights[0]
+    for x, y in itertools.combinations(range(48), 2):  # brute force over all exchanges
+        other = batches.flatten().clone()
+        other[[x, y]] = other[[y, x]]
+        assert inside(w, other.view(6, 8)) <= weights[-1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("k", [5, 6])
+def test_loss_never_falls_from_exchange_to_exchange(k):
+    u, v, _ = clustered(k, 8, 1.0)
+    losses, batches = [], random_batches(8 * k, 8, seeded())
+    for tournament in range(12):
+        losses.append(batch_losses(u, v, batches).mean().item())
+        batches = refine_by_loss(u, v, batches)
+        assert batches.flatten().sort().values.equal(torch.arange(8 * k))
+    assert losses == sorted(losses) and losses[-1] > losses[0] + 0.2
+    final = refine_by_loss(u, v, batches, tournaments=4)
+    assert torch.equal(final, refine_by_loss(u, v, final))  # nothing is left to exchange
+
+
+def test_two_batches_exchange_one_pair_by_its_exact_gain():
+    u, v, _ = clustered(2, 8, 1.0)
+    made = 0
+    for seed in range(20):
+        start = random_batches(16, 8, seeded(seed))
+        after = refine_by_loss(u, v, start)
+        gain = (batch_losses(u, v, after) - batch_losses(u, v, start)).mean()
+        moved = (after != start).sum(1).tolist()
+        assert moved == [1, 1] and gain > 0 or moved == [0, 0] and gain == 0
+        made += moved == [1, 1]
+    assert made > 15
+
+
+def test_refined_is_harder_window_by_window():
+    u, v = views(512, noise=0.5)
+    plain, refined = (batch_losses(u, v, spectral_batches(u, v, 16, 8, generator=seeded(), refine=r)).view(4, 8).mean(1)
+                      for r in (False, True))
+    random = batch_losses(u, v, torch.arange(512).view(-1, 16)).view(4, 8).mean(1)
+    assert (refined > plain).all() and (refined - random).mean() > 1.05 * (plain - random).mean()
+
+
+def test_windows_larger_than_what_is_solved_whole(monkeypatch):
+    u, v, _ = clustered(24, 40, 0.7)  # 960 rows
+    whole = spectral_batches(u, v, 16, 60, generator=seeded(), refine=True)
+    small = spectral_batches(u, v, 16, 10, generator=seeded(), refine=True)
+    monkeypatch.setattr("samplers.DENSE_ROWS", 512)
+    monkeypatch.setattr("samplers.PART_ROWS", 160)
+    seen = []
+    monkeypatch.setattr("samplers.spectral_affinity", lambda u, v, *a: (seen.append(len(u)), spectral_affinity(u, v, *a))[1])
+    parts = spectral_batches(u, v, 16, 60, generator=seeded(), refine=True)
+    assert max(seen) <= 160 and parts.flatten().sort().values.equal(torch.arange(960))
+    assert torch.equal(parts, spectral_batches(u, v, 16, 60, generator=seeded(), refine=True))
+    loss = [batch_losses(u, v, b).mean() for b in (whole, parts, small)]
+    assert loss[1] > 0.97 * loss[0] and loss[1] > loss[2] + 0.1  # nearly all of the large window's hardness
+
+
+@pytest.mark.parametrize("n, B", [(70, 2), (77, 7), (64, 64), (600, 300)])
+def test_refined_of_any_size(n, B):
+    u, v = views(n)
+    b = spectral_batches(u, v, B, n // B, generator=seeded(), refine=True)
+    assert b.shape == (n // B, B) and b.unique().numel() == n // B * B and b.max() < n // B * B
 
 
 # ---------------------------------------------------------------------------- devices and bad input

@@ -263,13 +263,15 @@ def equal(a, b):
 
 
 SAMPLERS = {"random": [], "osgd": ["--k", "5", "--q", "3"], "spectral": ["--k", "4"],
+            "refined": ["--k", "4"], "refined --embeddings fresh": ["--k", "4"],
             "osgd-replacement": ["--k", "5", "--q", "3", "--lowest", "--select-after", "1"]}
 
 
-@pytest.mark.parametrize("objective", ["simclr", "sogclr"])
-@pytest.mark.parametrize("sampler", ["random", "osgd", "spectral"])
+@pytest.mark.parametrize("sampler, objective", [
+    *((s, o) for s in ("random", "osgd", "spectral") for o in ("simclr", "sogclr")),
+    ("refined", "simclr"), ("refined --embeddings fresh", "simclr")])
 def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, leaves, tmp_path):
-    flags = ["--sampler", sampler, "--objective", objective, *SAMPLERS[sampler]]
+    flags = ["--sampler", *sampler.split(), "--objective", objective, *SAMPLERS[sampler]]
     whole = start(quick(leaves, tmp_path / "whole", *flags), tmp_path / "whole.txt")
     dice, killed, moments = random.Random(f"{sampler} {objective}"), 0, 2
     argv = quick(leaves, tmp_path / "parts", *flags)
@@ -292,7 +294,8 @@ def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, leav
     logs = [[{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in
              (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in ("whole", "parts")]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [5, 10, 15, 20]
-    assert all((line["chosen_loss"] is None) == (sampler == "random") for line in logs[0])
+    unselected = {"random": 4, "refined": 1}.get(sampler, 0)  # epochs; free embeddings are there from the second on
+    assert [line["chosen_loss"] is None for line in logs[0]] == [True] * unselected + [False] * (4 - unselected)
     if objective == "sogclr":
         assert a["sogclr"]["u"].shape == (40,) and (a["sogclr"]["u"] > 0).any()
 
@@ -393,6 +396,7 @@ def test_divergence_stops(flags, leaves, tmp_path):
     (["--temperature", "nan"], ["--temperature nan"]),
     (["--lowest"], ["--lowest", "spectral"]),
     (["--sampler", "random", "--k", "8"], ["--k", "random"]),
+    (["--sampler", "osgd-replacement", "--embeddings", "free"], ["--embeddings", "leave it out"]),
     (["--seed", "9" * 30], ["--seed"]),
     (["--image-size", "1000000"], ["--image-size 1000000", "<= 2048"]),
     (["--device", "meta"], ["meta", "cpu"]),

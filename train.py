@@ -51,12 +51,15 @@ KNOBS = {
     "crop_scale": (None, "float > 0 <= 1", "smallest share of the image's area that a random crop keeps"),
     "jitter": (None, "float >= 0 <= 2", "strength of the colour jitter; 1 is (0.4, 0.4, 0.2, 0.1)"),
     # choosing mini-batches
-    "sampler": ("spectral", ("random", "osgd", "osgd-replacement", "spectral"), "random: a permutation cut into "
+    "sampler": ("spectral", ("random", "osgd", "osgd-replacement", "spectral", "refined"), "random: a permutation cut into "
                 "batches (Algorithm 4); osgd: of each k batches of a permutation the q of highest loss (6); "
                 "osgd-replacement: of k batches drawn anew at each selection (5); spectral: windows of k*B images "
-                "cut into batches of similar ones (1)"),
-    "k": (None, "int >= 1", "batches looked at in one selection (default: osgd 1500, spectral 40; deadleaves 32)"),
-    "q": (None, "int >= 1", "batches kept of each k by osgd (default: 150; deadleaves 8); spectral keeps all k"),
+                "cut into batches of similar ones (1); refined: those, exchanging images until harder still"),
+    "embeddings": (None, ("fresh", "free"), "what is selected on. fresh: embedded anew at each selection; free: what the steps "
+                   "themselves computed when they last saw each image, the first epoch random (default: refined free, "
+                   "others fresh)"),
+    "k": (None, "int >= 1", "batches looked at in one selection (default: osgd 1500, others 40; deadleaves 32)"),
+    "q": (None, "int >= 1", "batches kept of each k by osgd (default: 150; deadleaves 8); spectral and refined keep all k"),
     "lowest": (False, bool, "osgd keeps the batches of lowest loss instead"),
     "select_after": (0, "int >= 0", "random batches for the first n epochs: hard ones pay once random ones are easy"),
     "batch_size": (32, "int >= 2", "images in a mini-batch, B"),
@@ -97,10 +100,13 @@ def settle(argv: list[str]) -> dict:
     """All knobs with their values from the command line's words; raises Stop where they do not go together."""
     knobs, given = parse(argv, __doc__, KNOBS, DATASET_DEFAULTS)
     sampler, quick = knobs["sampler"], knobs["dataset"] == "deadleaves"
-    needless = {"random": {"k", "q", "lowest", "select_after"}, "spectral": {"q", "lowest"}}.get(sampler, set()) & given
+    partition = sampler in ("spectral", "refined")
+    needless = {"random": {"k", "q", "lowest", "select_after", "embeddings"}, "osgd-replacement": {"embeddings"}
+                }.get(sampler, {"q", "lowest"} if partition else set()) & given
     if needless:
         raise Stop(f"--{min(needless).replace('_', '-')} means nothing to --sampler {sampler}: leave it out")
-    if sampler == "spectral":
+    knobs["embeddings"] = knobs["embeddings"] or ("free" if sampler == "refined" else "fresh")
+    if partition:
         knobs["k"] = knobs["q"] = knobs["k"] or (32 if quick else 40)
     elif sampler != "random":
         knobs["k"] = knobs["k"] or (32 if quick else 1500)
@@ -151,11 +157,11 @@ def side_by_side(images: Tensor, *batches: Tensor) -> Tensor:
     return torch.cat(grids, dim=2).cpu()
 
 
-def select(knobs: dict, n: int, epoch: int, order: Tensor, embed_samples, generator: torch.Generator):
+def select(knobs: dict, n: int, epoch: int, order: Tensor, seen: Tensor, embed_samples, generator: torch.Generator):
     """The next mini-batches to train on.
 
-    order [<= n]: what is left of the permutation that osgd and spectral consume k batches at a time.
-    embed_samples(index) -> u, v.  Returns batches [m, B] on the CPU, the new order, and None for random batches or
+    order [<= n]: what is left of the permutation that is consumed k batches at a time.  seen [n]: for free embeddings,
+    those that there are; the others come first, in random batches.  embed_samples(index) -> u, v.  Returns batches [m, B] on the CPU, the new order, and None for random batches or
     a dict: `chosen` [m], the losses of the batches; `random` [k], those of the random batches `random_batches` [k, B]
     of the same embeddings (for osgd the k that it chose from).
     """
@@ -167,12 +173,16 @@ def select(knobs: dict, n: int, epoch: int, order: Tensor, embed_samples, genera
     else:
         if len(order) < k * b:
             order = torch.randperm(n, generator=generator)
+            if knobs["embeddings"] == "free" and not seen.all():
+                order = order[seen[order].byte().argsort(stable=True)]
+                first = min(-(-int((~seen).sum()) // b), n // b) * b
+                return order[:first].view(-1, b), order[first:], None
         candidates, order = order[:k * b], order[k * b:]
         local = torch.arange(k * b).view(k, b)
     u, v = embed_samples(candidates)
     local = local.to(u.device)
-    if sampler == "spectral":
-        chosen = spectral_batches(u, v, b, k, temperature, generator)
+    if sampler in ("spectral", "refined"):
+        chosen = spectral_batches(u, v, b, k, temperature, generator, refine=sampler == "refined")
     else:
         chosen = select_by_loss(u, v, local, q, temperature, knobs["lowest"])
     scores = {"chosen": batch_losses(u, v, chosen, temperature), "random": batch_losses(u, v, local, temperature),
@@ -256,7 +266,10 @@ def train(knobs: dict) -> None:
     # All that a checkpoint holds besides weights, optimiser and generators.
     state = {"step": 0, "order": torch.empty(0, dtype=torch.int64), "batches": torch.empty(0, b, dtype=torch.int64),
              "seconds_training": 0.0, "seconds_selecting": 0.0, "loss_sum": 0.0, "loss_count": 0,
-             "chosen": [], "random": [], "log": []}
+             "chosen": [], "random": [], "log": [], "seen": torch.zeros(n, dtype=torch.bool)}
+    free = knobs["embeddings"] == "free"
+    if free:  # the last projections of each sample's two views
+        state["projections"] = torch.zeros(n, 2, model.head[-1].num_features, device=device)
     settings = {name: value for name, value in knobs.items() if name not in FREE_ON_RESUME} | {"images": n}
     record = {"knobs": knobs, "images": n, "validation_images": len(val_images), "steps": total_steps, "resumed": [],
               **provenance(device)}
@@ -275,6 +288,8 @@ def train(knobs: dict) -> None:
             choosing.set_state(saved["choosing"])
             augmenting.set_state(saved["augmenting"])
             state = saved["state"]
+            if free:
+                state["projections"] = state["projections"].to(device)
         except Stop:
             raise
         except OSError as error:
@@ -363,8 +378,9 @@ def train(knobs: dict) -> None:
                 before = choosing.get_state()
                 try:
                     state["batches"], state["order"], scores = select(
-                        knobs, n, step // steps_per_epoch, state["order"],
-                        lambda index: embed_pictures(images, index, choosing, stop=lambda: interrupted), choosing)
+                        knobs, n, step // steps_per_epoch, state["order"], state["seen"],
+                        (lambda index: state["projections"][index.to(device)].unbind(1)) if free else
+                        (lambda index: embed_pictures(images, index, choosing, stop=lambda: interrupted)), choosing)
                 except KeyboardInterrupt:
                     choosing.set_state(before)
                     leave()
@@ -385,7 +401,11 @@ def train(knobs: dict) -> None:
                 group["lr"] = warmup_cosine(step, total_steps, knobs["warmup_epochs"] * steps_per_epoch, knobs["lr"])
             with autocast():
                 z1, z2 = network(views(images, index.repeat(2), augmenting)).chunk(2)
-            loss = objective(z1, z2, index.to(device, non_blocking=True))
+            on_device = index.to(device, non_blocking=True)
+            loss = objective(z1, z2, on_device)
+            if free:
+                state["projections"].index_copy_(0, on_device, torch.stack([z1, z2], 1).detach().float())
+                state["seen"][index] = True
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
