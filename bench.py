@@ -1,6 +1,6 @@
 """What things cost and what samplers are worth. Each prints a small table of medians, in under a minute.
 
-    python bench.py samplers [--embeddings FILE.npz]     mean loss of the chosen batches, and time
+    python bench.py samplers [--embeddings FILE.npz]     all samplers and rivals: hardness, time, memory; growth with n
     python bench.py augment                              against torchvision's transforms, image by image
     python bench.py step                                 a training step against bare forward + backward
     python bench.py data                                 decoding JPEGs into the cache, and the second start
@@ -10,8 +10,11 @@ one run, so their ratios hold on a busy machine.
 """
 import argparse
 import contextlib
+import ctypes
+import gc
 import io
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 
 import data
+import rivals
 import train
 from augment import MEAN, STD, augment
 from cli import Stop
@@ -54,34 +58,76 @@ def clustered(n: int, d: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(sample + 0.5 * torch.randn(sample.shape, generator=g) for _ in range(2))
 
 
-def bench_samplers(file: str | None, batch_size: int = 32, k: int = 40, temperature: float = 0.1) -> None:
-    """Mean loss of the batches chosen from windows of k*B pairs, excess over random batches, and time a window."""
+def peak(function: Callable[[], object]) -> tuple[object, float]:
+    """What the function returns, and the MB by which memory in use grew at most while it ran (Linux; else NaN)."""
+    def status(key: str) -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier methods freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = status("VmRSS")
+        result = function()
+        return result, max(0, status("VmHWM") - before) / 1024
+    except (OSError, AttributeError):
+        return function(), math.nan
+
+
+def bench_samplers(file: str | None, pairs: list[int], batch_size: int = 32, k: int = 40, temperature: float = 0.1) -> None:
+    """Batches from windows of k*B pairs: mean loss, excess over random relative to the released method's, time, memory."""
     if file:
         arrays = {name: torch.from_numpy(x).float() for name, x in np.load(file).items()}
         sets = {name[:-1].rstrip("_") or "embeddings": (x, arrays[name[:-1] + "v"])
                 for name, x in arrays.items() if name.endswith("u")}
     else:
-        sets = {"clustered": clustered(3 * k * batch_size)}
+        sets = {"clustered": clustered(2 * k * batch_size)}
     size = k * batch_size
     methods = {
-        "random": lambda u, v: torch.cat([random_batches(size, batch_size, torch.Generator().manual_seed(i)) for i in range(20)]),
-        f"osgd, q = k/10 = {k // 10}": lambda u, v: osgd_batches(u, v, batch_size, k, k // 10, temperature),
-        "spectral": lambda u, v: spectral_batches(u, v, batch_size, k, temperature, torch.Generator().manual_seed(0)),
+        "random": lambda u, v, g: torch.cat([random_batches(len(u), batch_size, g) for _ in range(20)]),
+        "osgd, q = k/10": lambda u, v, g: osgd_batches(u, v, batch_size, k, k // 10, temperature),
+        "BatchSampler": lambda u, v, g: rivals.batch_sampler(u, v, batch_size, generator=g),
+        "GCBS": lambda u, v, g: rivals.gcbs(u, v, batch_size),
+        "released spectral": lambda u, v, g: rivals.released_spectral(u, v, batch_size, k, temperature, g),
+        "B3": lambda u, v, g: rivals.b3(u, v, batch_size, generator=g),
+        "B3, no rank skipped": lambda u, v, g: rivals.b3(u, v, batch_size, ranks=(0, 100), generator=g),
+        "k-means, then fill": lambda u, v, g: rivals.greedy_groups(u, v, batch_size, g),
+        "spectral": lambda u, v, g: spectral_batches(u, v, batch_size, k, temperature, g),
+        "refined": lambda u, v, g: spectral_batches(u, v, batch_size, k, temperature, g, refine=True),
     }
     matrix = torch.randn(size, size, dtype=torch.float64)
     matrix += matrix.T.clone()
-    print(f"windows of k={k} batches of B={batch_size}; eigh: one float64 torch.linalg.eigh of {size} x {size}")
-    print(f"{'embeddings':<12}{'sampler':<20}{'mean loss':>10}{'excess':>9}{'ms a window':>13}{'of eigh':>9}")
+    print(f"windows of k={k} batches of B={batch_size}, median of 3 seeds; excess: mean loss over that of random batches, and\n"
+          f"relative to the released method's; eigh: one float64 torch.linalg.eigh of {size} x {size}")
+    print(f"{'embeddings':<11}{'sampler':<20}{'mean loss':>10}{'excess':>8}{'relative':>9}{'ms':>9}{'of eigh':>8}{'MB':>7}")
     for name, (u, v) in sets.items():
         windows = [(u[i:i + size], v[i:i + size]) for i in range(0, len(u) - size + 1, size)]
         if not windows:
             raise Stop(f"{name} has {len(u)} pairs, a window takes {size}")
-        base = None
-        *times, eigh = seconds(*(lambda m=m: m(*windows[0]) for m in methods.values()), lambda: torch.linalg.eigh(matrix))
-        for (method, choose), took in zip(methods.items(), times):
-            loss = statistics.mean(batch_losses(*w, choose(*w), temperature).mean().item() for w in windows)
-            base = base or loss  # random is the first
-            print(f"{name:<12}{method:<20}{loss:>10.3f}{loss - base:>9.3f}{1000 * took:>13.1f}{took / eigh:>9.2f}")
+        g = torch.Generator()
+        losses = {method: statistics.median(statistics.mean(
+            batch_losses(*w, choose(*w, g.manual_seed(seed)), temperature).mean().item() for w in windows) for seed in range(3))
+            for method, choose in methods.items()}
+        (eigh,) = seconds(lambda: torch.linalg.eigh(matrix), rounds=3)
+        base = losses["random"]
+        for method, choose in methods.items():
+            (took,) = seconds(lambda: choose(*windows[0], g.manual_seed(0)), rounds=3)
+            memory = peak(lambda: choose(*windows[0], g.manual_seed(0)))[1]
+            excess = losses[method] - base
+            print(f"{name:<11}{method:<20}{losses[method]:>10.3f}{excess:>8.3f}{excess / (losses['released spectral'] - base):>9.2f}"
+                  f"{1000 * took:>9.1f}{took / eigh:>8.2f}{memory:>7.0f}", flush=True)
+    print("\nall pairs as one window, refined, in parts (made-up embeddings of 128 dimensions)")
+    print(f"{'pairs':>10}{'random':>9}{'windows of k':>14}{'all':>8}{'seconds':>10}{'us a pair':>11}{'MB':>7}")
+    for n in pairs:
+        u, v = clustered(n)
+        start = time.perf_counter()
+        batches, memory = peak(lambda: spectral_batches(u, v, batch_size, n // batch_size, temperature,
+                                                        torch.Generator().manual_seed(0), refine=True))
+        took = time.perf_counter() - start
+        few = slice(0, min(n, 8 * size))
+        windows = spectral_batches(u[few], v[few], batch_size, k, temperature, torch.Generator().manual_seed(0), refine=True)
+        loss = [batch_losses(u, v, x, temperature).mean().item() for x in (torch.arange(n // batch_size * batch_size).view(-1, batch_size),
+                                                                         windows, batches)]
+        print(f"{n:>10,}{loss[0]:>9.3f}{loss[1]:>14.3f}{loss[2]:>8.3f}{took:>10.1f}{1e6 * took / n:>11.0f}{memory:>7.0f}", flush=True)
 
 
 def bench_augment() -> None:
@@ -172,9 +218,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("samplers", "augment", "step", "data"))
     parser.add_argument("--embeddings", metavar="FILE.npz", help="samplers: real embeddings (default: made up)")
+    parser.add_argument("--pairs", metavar="N", type=int, nargs="+", default=[10_000, 40_000],
+                        help="samplers: sizes at which growth is measured (default: 10000 40000; 1000000 takes minutes)")
     words = parser.parse_args()
     try:
-        bench_samplers(words.embeddings) if words.what == "samplers" else globals()[f"bench_{words.what}"]()
+        bench_samplers(words.embeddings, words.pairs) if words.what == "samplers" else globals()[f"bench_{words.what}"]()
     except (Stop, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
