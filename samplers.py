@@ -216,7 +216,8 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
 
 
 def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
-                     generator: Generator | None = None, refine: bool = False) -> Tensor:
+                     generator: Generator | None = None, refine: bool = False, exclude: Tensor | None = None,
+                     ceiling: float | None = None) -> Tensor:
     """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
 
     u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split into
@@ -225,23 +226,40 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     refine_by_loss).  Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches; a larger
     window is cut into parts of similar rows, about PART_ROWS each, so that time and memory grow as k B; with refine,
     batches that lie close are brought together in new parts, twice, and go on exchanging.
-    Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n.
+    Against false negatives: exclude [n], integers such as class labels, two rows of one number share a batch only
+    where sizes leave no other way (needs refine); ceiling, a quantile, 0.999 say: heavier edges weigh no more than
+    it, so that near-duplicates attract no more than others. Either leaves refine_by_loss out, which knows of neither.
+    Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n, a ceiling
+    outside (0, 1].
     """
     _check(u, v, temperature, read=True)
     _check_size(len(u), batch_size)
     _check_k(len(u), batch_size, k)
     n = len(u) // batch_size * batch_size
+    if exclude is not None and (exclude.shape != (len(u),) or exclude.is_floating_point() or not refine):
+        raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype}, refine {refine}; "
+                         f"give {len(u)} integers, and refine=True")
+    if ceiling is not None and not 0 < ceiling <= 1:
+        raise ValueError(f"ceiling is {ceiling}; give a quantile > 0 and <= 1, for instance 0.999")
     u, v = (x.detach()[:n] for x in (u, v))
 
     def solve(rows: Tensor, batches: Tensor | None = None) -> Tensor:
         x, y = u[rows].float(), v[rows].float()
         w = spectral_affinity(x, y, batch_size, temperature)
+        if ceiling is not None:
+            w = w.clamp(max=w.flatten().kthvalue(math.ceil(ceiling * w.numel())).values)
+        if exclude is not None:
+            group = exclude.to(w.device)[rows]
+            same = (group[:, None] == group).fill_diagonal_(False)
+            w = w.masked_fill(same, 0)
         if batches is None:
             batches = _balanced_clusters(w, batch_size, generator)
+        if exclude is not None:  # one such edge outweighs all that a batch can gain
+            w = w.masked_fill(same, -4 * batch_size * w.max())
         if refine:
             batches = refine_by_weight(w, batches)
             # For two the weight is the InfoNCE loss and for few near it; few large batches meet too seldom to matter.
-            if 8 <= batch_size <= 8 * len(batches):
+            if exclude is None and ceiling is None and 8 <= batch_size <= 8 * len(batches):
                 batches = refine_by_loss(x, y, batches, temperature)
         return rows[batches]
 
@@ -269,7 +287,7 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
     D[i, b] the weight of row i to the rows of batch b, exchanging i of a and j of b adds
         D[i, b] - D[i, a] + D[j, a] - D[j, b] - 2 w[i, j]
     to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches, those first
-    whose bound (the same without w) is highest. Ends where no exchange helps, or after max_rounds (default: 2^30
+    whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no exchange helps, or after max_rounds (default: 2^30
     gains looked at, which only batches of hundreds reach). Returns [k, B].
     """
     k, size = batches.shape
@@ -279,7 +297,7 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
     every = torch.arange(k, device=w.device)
     inside = w[:, batches.flatten()].view(-1, k, size).sum(2)[batches]  # [k, B, k]: D of the row in each slot
     own = inside.diagonal(0, 0, 2).T[:, :, None]  # a view: D[i, a]
-    least = 1e-6 * own.mean()  # what counts as better
+    least = 1e-6 * inside.abs().mean()  # what counts as better
     top = (inside - own).amax(1)  # [a, b]: the most that a row of a gains by moving to b
     open_pairs = ~torch.eye(k, dtype=torch.bool, device=w.device)
     for _ in range(max_rounds):
@@ -469,7 +487,7 @@ class ContrastiveBatchSampler(Sampler):
     def __init__(self, num_samples: int, batch_size: int, method: str = "spectral", refine: bool = True,
                  k: int | None = None, q: int | None = None, window: int | None = None, temperature: float = 0.1,
                  seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, lowest: bool = False,
-                 rank: int = 0, world_size: int = 1):
+                 exclude: Tensor | None = None, ceiling: float | None = None, rank: int = 0, world_size: int = 1):
         _check_size(num_samples, batch_size)
         whole = num_samples // batch_size
         if window is not None and (not batch_size <= window <= num_samples or k not in (None, window // batch_size)):
@@ -485,7 +503,10 @@ class ContrastiveBatchSampler(Sampler):
             raise ValueError(f"rank is {rank} and world_size {world_size}; give 0 <= rank < world_size <= {whole}")
         self.num_samples, self.batch_size, self.drop_last = num_samples, batch_size, True  # accelerate reads drop_last
         self.method, self.refine, self.k, self.q, self.lowest = method, refine, k, q, lowest
+        if exclude is not None and len(exclude) != num_samples:
+            raise ValueError(f"exclude has {len(exclude)} entries for {num_samples} samples; give one for each")
         self.temperature, self.seed, self.embed, self.rank, self.world_size = temperature, seed, embed, rank, world_size
+        self.exclude, self.ceiling = exclude, ceiling  # as spectral_batches takes them
         self.uv, self.seen = None, torch.zeros(num_samples, dtype=torch.bool)
         self.generator = torch.Generator()
         self._begin(0)
@@ -536,7 +557,8 @@ class ContrastiveBatchSampler(Sampler):
                 if len(u) != len(rows):
                     raise ValueError(f"embed gave {len(u)} rows for {len(rows)} indices; give one for each, in order")
             chosen = (osgd_batches(u, v, B, self.k, self.q, self.temperature, self.lowest) if self.method == "osgd" else
-                      spectral_batches(u, v, B, count, self.temperature, self.generator, self.refine))
+                      spectral_batches(u, v, B, count, self.temperature, self.generator, self.refine,
+                                       None if self.exclude is None else self.exclude[rows], self.ceiling))
             rows = rows[chosen.flatten().cpu()]
         batches = [rows.view(-1, B).tolist()]
         if self._distributed():

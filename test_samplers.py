@@ -4,6 +4,7 @@
 
 test_reference.npz, beside this file, holds inputs and values computed in float64 by an independent implementation.
 """
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -383,6 +384,28 @@ def test_windows_larger_than_what_is_solved_whole(monkeypatch):
     assert loss[1] > 0.97 * loss[0] and loss[1] > loss[2] + 0.1  # nearly all of the large window's hardness
 
 
+def test_exclude_keeps_groups_apart_and_stays_hard():
+    u, v, cluster = clustered(8, 32, 0.5)
+    group = torch.arange(256) // 8 % 8 * 100 + cluster  # clusters in 8 groups each
+    plain, apart = (spectral_batches(u, v, 16, 16, generator=seeded(), refine=True, exclude=x) for x in (None, group))
+    def together(batches):
+        return sum(16 - group[rows].unique().numel() for rows in batches)
+    assert together(plain) > 40 and together(apart) == 0 and apart.flatten().sort().values.equal(torch.arange(256))
+    random = batch_losses(u, v, random_batches(256, 16, seeded())).mean()
+    assert batch_losses(u, v, apart).mean() > random + 0.3 * (batch_losses(u, v, plain).mean() - random)
+    crowded = spectral_batches(u, v, 16, 16, generator=seeded(), refine=True, exclude=torch.arange(256) % 12)
+    assert crowded.flatten().sort().values.equal(torch.arange(256))  # 12 groups in batches of 16: as far as sizes allow
+
+
+def test_ceiling_takes_their_pull_from_the_heaviest_edges():
+    u, v, _ = clustered(16, 16, 1.0)
+    w = spectral_affinity(u, v, 8)
+    least = w.flatten().quantile(0.98)
+    plain, clipped = (spectral_batches(u, v, 8, 32, generator=seeded(), refine=True, ceiling=c) for c in (None, 0.98))
+    assert inside(w.clamp(max=least), clipped) > inside(w.clamp(max=least), plain)
+    assert inside(w.clamp(min=least) - least, clipped) < 0.95 * inside(w.clamp(min=least) - least, plain)
+
+
 @pytest.mark.parametrize("n, B", [(70, 2), (77, 7), (64, 64), (600, 300)])
 def test_refined_of_any_size(n, B):
     u, v = views(n)
@@ -463,6 +486,14 @@ def test_bad_k_and_q_are_refused():
         refused(lambda: osgd_batches(U, V, 4, 2, q), f"q is {q} with k = 2", "from 1 to 2")
         refused(lambda: osgd_batches_with_replacement(U, V, 4, 2, q), f"q is {q} with k = 2", "from 1 to 2")
         refused(lambda: select_by_loss(U, V, ROWS[:2], q), f"q is {q} with k = 2", "from 1 to 2")
+
+
+def test_bad_exclude_and_ceiling_are_refused():
+    call = functools.partial(spectral_batches, U, V, 4, 5)
+    refused(lambda: call(refine=True, exclude=torch.zeros(7, dtype=torch.int64)), "exclude is (7,)", "20 integers")
+    refused(lambda: call(exclude=torch.zeros(20, dtype=torch.int64)), "refine False", "refine=True")
+    for ceiling in (0, 1.5, math.nan):
+        refused(lambda: call(ceiling=ceiling), f"ceiling is {ceiling}", "0.999")
 
 
 def test_other_bad_input_is_refused():
