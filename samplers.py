@@ -56,15 +56,18 @@ def _check_k(n: int, batch_size: int, k: int) -> None:
                          "or more samples")
 
 
-def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1) -> Tensor:
-    """NT-Xent (Chen et al., ICML 2020) of each batch: the score of OSGD.
+def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1, loss: str = "nt_xent") -> Tensor:
+    """NT-Xent (Chen et al., ICML 2020) or InfoNCE of each batch: the score of OSGD.
 
     u, v [n, d] the two views; batches [m, B] row numbers, B >= 2.  Returns [m], on the device of u, in float32
-    (float64 for float64 input): the mean over the 2B views of -log softmax at the partner, the softmax taken over
-    the other 2B - 1 views of the cosines / temperature.  Memory is bounded by chunks; gradients flow (and then
-    keep every chunk).  Raises ValueError for wrong shapes or temperature, and, where looking does not
-    stop a GPU, that is on the CPU, for NaN, infinity and row numbers outside [0, n).
+    (float64 for float64 input).  "nt_xent": the mean over the 2B views of -log softmax at the partner, the softmax
+    taken over the other 2B - 1 views of the cosines / temperature.  "infonce", of the paper's theory and of two
+    modalities: the softmax over the B rows of the other view, the two directions added.  Memory is bounded by chunks;
+    gradients flow (and then keep every chunk).  Raises ValueError for wrong shapes, temperature or loss, and, where
+    looking does not stop a GPU, that is on the CPU, for NaN, infinity and row numbers outside [0, n).
     """
+    if loss not in ("nt_xent", "infonce"):
+        raise ValueError(f"loss is {loss!r}; give 'nt_xent' or 'infonce'")
     on_cpu = u.device.type == "cpu"
     _check(u, v, temperature, read=on_cpu)
     if batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64:
@@ -80,6 +83,11 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
     with torch.autocast(u.device.type, enabled=False):  # a bfloat16 logit of 10 is wrong by 0.03
         for rows in batches.split(chunk):
             views = [x.index_select(0, rows.reshape(-1)).view(-1, B, d) for x in (u, v)]
+            if loss == "infonce":
+                a, b = (F.normalize(x.to(dtype), dim=2) for x in views)
+                s = a @ b.mT / temperature  # [c, B, B]
+                losses.append((s.logsumexp(1) + s.logsumexp(2) - 2 * s.diagonal(0, 1, 2)).mean(1))
+                continue
             z = torch.cat(views, 1).to(dtype)  # [c, 2B, d]
             s = z @ z.mT
             # Lengths stand on the diagonal: scaling the logits is cheaper than scaling the views, as 2B < d.
@@ -143,7 +151,7 @@ def all_batches(n: int, batch_size: int) -> Tensor:
 
 
 def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: float = 0.1,
-                   lowest: bool = False) -> Tensor:
+                   lowest: bool = False, loss: str = "nt_xent") -> Tensor:
     """Of the given batches the q of highest loss, by rising loss (with all_batches: Algorithm 2).
 
     u, v [n, d]; batches [k, B], or [groups, k, B] to choose q in each group.  Returns [q, B] or [groups, q, B].
@@ -154,14 +162,14 @@ def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: f
     k, batch_size = batches.shape[-2:]
     if not 1 <= q <= k:
         raise ValueError(f"q is {q} with k = {k} batches to choose from; give a q from 1 to {k}")
-    losses = batch_losses(u.detach(), v.detach(), batches.reshape(-1, batch_size), temperature)
+    losses = batch_losses(u.detach(), v.detach(), batches.reshape(-1, batch_size), temperature, loss)
     order = losses.view(batches.shape[:-1]).argsort(dim=-1, stable=True)
     chosen = order[..., :q] if lowest else order[..., k - q:]
     return batches.gather(-2, chosen[..., None].expand(*chosen.shape, batch_size))
 
 
 def osgd_batches(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperature: float = 0.1,
-                 lowest: bool = False) -> Tensor:
+                 lowest: bool = False, loss: str = "nt_xent") -> Tensor:
     """Of each k consecutive batches the q of highest loss (OSGD without replacement, Algorithm 6).
 
     u, v [n, d], already in a random order: rows 0..B-1 are the first batch, and so on.  Returns
@@ -174,11 +182,12 @@ def osgd_batches(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperat
     _check_k(len(u), batch_size, k)
     groups = len(u) // batch_size // k
     batches = torch.arange(groups * k * batch_size, device=u.device).view(groups, k, batch_size)
-    return select_by_loss(u, v, batches, q, temperature, lowest).flatten(0, 1)
+    return select_by_loss(u, v, batches, q, temperature, lowest, loss).flatten(0, 1)
 
 
 def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperature: float = 0.1,
-                                  lowest: bool = False, generator: Generator | None = None) -> Tensor:
+                                  lowest: bool = False, generator: Generator | None = None,
+                                  loss: str = "nt_xent") -> Tensor:
     """Of k uniformly random B-subsets the q of highest loss, by rising loss (one step of OSGD, Algorithm 5).
 
     u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B here.  lowest and ValueErrors as osgd_batches.
@@ -187,7 +196,7 @@ def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int,
     if k < 1:
         raise ValueError(f"k is {k}; draw 1 batch or more")
     batches = random_batches_with_replacement(k, len(u), batch_size, generator)
-    return select_by_loss(u, v, batches.to(u.device), q, temperature, lowest)
+    return select_by_loss(u, v, batches.to(u.device), q, temperature, lowest, loss)
 
 
 def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float = 0.1) -> Tensor:
@@ -413,16 +422,21 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
         return torch.arange(n)[None]
     device = generator.device if generator else "cpu"
     with torch.autocast(w.device.type, enabled=False):
-        # Largest eigenpairs of D^-1/2 W D^-1/2 by subspace iteration: after 4 products the batches are as hard as
-        # with exact eigenvectors, to 1 %, in a tenth of the time. The extra columns make few clusters exact too.
+        # Largest eigenpairs of D^-1/2 W D^-1/2. Of large ones by subspace iteration: after 4 products the batches are as
+        # hard as with exact eigenvectors, to 1 %, in a tenth of the time. The extra columns make few clusters exact too.
         half = w.sum(1, keepdim=True).clamp(min=1e-30).rsqrt()
-        x = torch.randn(n, min(n, k + 8), generator=generator, device=device).to(w.device)
-        for _ in range(4):
-            x = torch.linalg.qr(half * (w @ (half * x)))[0]
-        values, rotation = torch.linalg.eigh(x.T @ (half * (w @ (half * x))))
+        if n <= max(256, 4 * k):
+            values, x = torch.linalg.eigh(half * w * half.T)
+        else:
+            x = torch.randn(n, min(n, k + 8), generator=generator, device=device).to(w.device)
+            for _ in range(4):
+                x = torch.linalg.qr(half * (w @ (half * x)))[0]
+            values, rotation = torch.linalg.eigh(x.T @ (half * (w @ (half * x))))
+            x = x @ rotation
         # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows are the
-        # closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less in the distances.
-        x = (x @ rotation[:, -k:-1] * values[-k:-1].clamp(min=0).sqrt()).cpu()  # [n, k-1]; small from here on
+        # closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less in the distances. A graph
+        # without clusters has negative ones: a diagonal added to W, which no partition feels, lifts them to 0.
+        x = (x[:, -k:-1] * (values[-k:-1] - values[-k].clamp(max=0)).sqrt()).cpu()  # [n, k-1]; small from here on
         # k-means++ (Arthur & Vassilvitskii, 2007): the next centre with probability by squared distance.
         draws = torch.rand(k, generator=generator, device=device).cpu()
         distance, chosen = torch.full((n,), torch.inf), []

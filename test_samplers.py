@@ -381,7 +381,7 @@ def test_windows_larger_than_what_is_solved_whole(monkeypatch):
     assert max(seen) <= 160 and parts.flatten().sort().values.equal(torch.arange(960))
     assert torch.equal(parts, spectral_batches(u, v, 16, 60, generator=seeded(), refine=True))
     loss = [batch_losses(u, v, b).mean() for b in (whole, parts, small)]
-    assert loss[1] > 0.97 * loss[0] and loss[1] > loss[2] + 0.1  # nearly all of the large window's hardness
+    assert loss[1] - loss[2] > 0.85 * (loss[0] - loss[2]) > 0.5  # nearly all that the large window gains
 
 
 def test_exclude_keeps_groups_apart_and_stays_hard():
