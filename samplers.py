@@ -435,8 +435,8 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
             x = x @ rotation
         # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows are the
         # closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less in the distances. A graph
-        # without clusters has negative ones: a diagonal added to W, which no partition feels, lifts them to 0.
-        x = (x[:, -k:-1] * (values[-k:-1] - values[-k].clamp(max=0)).sqrt()).cpu()  # [n, k-1]; small from here on
+        # without clusters has negative ones: a diagonal added to W, which no partition feels, lifts them above 0.
+        x = (x[:, -k:-1] * (values[-k:-1] - values[-k - 1].clamp(max=0)).sqrt()).cpu()  # [n, k-1]; small from here on
         # k-means++ (Arthur & Vassilvitskii, 2007): the next centre with probability by squared distance.
         draws = torch.rand(k, generator=generator, device=device).cpu()
         distance, chosen = torch.full((n,), torch.inf), []
