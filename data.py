@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets import CIFAR100
 
 from deadleaves import deadleaves
@@ -277,6 +277,8 @@ def write_cache(path: Path, key: dict, names: list[str], labels: list[int], get,
         for row in range(len(images)):
             try:
                 images[row] = decode(get(start + row), size)
+            except UnidentifiedImageError:  # whose text is the address of an object
+                failed[row] = 'no known image format'
             except Exception as e:  # decoders raise all sorts of things on damaged files
                 failed[row] = str(e).replace('\n', ' ') or type(e).__name__
         return start, images, failed
@@ -311,7 +313,7 @@ def write_cache(path: Path, key: dict, names: list[str], labels: list[int], get,
 
 
 def broken_images(broken: list) -> ValueError:
-    return ValueError(f'cannot read the image {broken[0][0]} ({broken[0][1]}): repair or remove it, or leave such '
+    return ValueError(f'cannot read the image {broken[0][0]!r} ({broken[0][1]}): repair or remove it, or leave such '
                       'images out with --skip-broken')
 
 
@@ -335,8 +337,8 @@ def locked(folder: Path):
 
 
 def enough_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + (64 << 20):
+    free, needed = shutil.disk_usage(folder).free, needed + (64 << 20)  # and some room to spare
+    if free < needed:
         raise OSError(f'{folder} needs {needed / 1e9:.2f} GB of free disk and has {free / 1e9:.2f} GB: free some, or '
                       'give another --data-dir')
 

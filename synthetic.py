@@ -360,6 +360,7 @@ def temperature(knobs: dict):
 
 def lead_figure(axis, x, leads: dict, title: str, label: str) -> None:
     """Ratios with their intervals, leads[method] one for each of x; where there is none (neither arrives) a gap."""
+    from matplotlib.ticker import LogLocator
     for i, (method, ratios) in enumerate(leads.items()):
         if method != "sgd":
             middle, low, high = np.array(ratios).T
@@ -368,6 +369,8 @@ def lead_figure(axis, x, leads: dict, title: str, label: str) -> None:
     axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
     axis.set(title=title, xlabel=label, xscale="log", yscale="log", xticks=x, xticklabels=x)
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def scaling(knobs: dict):
@@ -395,6 +398,7 @@ def scaling(knobs: dict):
                          "last_relative_distance": y.tolist()} for n, x, lead, y in zip(sizes, reached[method], leads[method], last)]
             band(below, sizes, last.T, method)
         below.set(xlabel="N", xscale="log", xticks=sizes, xticklabels=sizes)
+        below.minorticks_off()
         claims += [growth(f"{METHODS[method][0]}, B = {b}: its lead over SGD grows from N = {sizes[0]} to {sizes[-1]}", leads[method][0],
                           leads[method][-1], f"in steps to relative distance {tolerance:g}") for method in methods[1:]]
     axes[0, 0].set_ylabel("SGD's steps / own")

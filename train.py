@@ -76,7 +76,9 @@ KNOBS = {
     "warmup_epochs": (None, "int >= 0", "epochs of linear warm-up before half a cosine down to 0"),
     "lr": (None, "float > 0 <= 1e30", "peak learning rate (default: by --lr-scaling)"),
     "lr_scaling": ("sqrt", ("sqrt", "linear"), "peak learning rate 0.075*sqrt(B) or 0.075*B/256"),
+    "momentum": (0.9, "float >= 0 < 1", "LARS's momentum"),
     "weight_decay": (1e-6, "float >= 0 <= 1", "LARS's weight decay"),
+    "trust_coefficient": (0.001, "float > 0 <= 1", "LARS: a layer's step, as a share of its weights, per unit of learning rate"),
     # the run
     "seed": (0, "int >= 0 < 4294967296", "fixes weights, batches and augmentation on one machine"),
     "device": ("auto", str, "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"),
@@ -170,6 +172,8 @@ def train(knobs: dict) -> None:
     run = Path(knobs["out_dir"]).expanduser()
     checkpoint_path, log_path = run / "checkpoint.pt", run / "log.jsonl"
     try:
+        if (run / "result.json").exists() and not checkpoint_path.exists():
+            raise Stop(f"{run} holds a finished run without its checkpoint: give another --out-dir, or remove that folder")
         if knobs["resume"] and not checkpoint_path.exists():
             raise Stop(f"--resume: there is no checkpoint in {run}; leave --resume out to start it, or give its --out-dir")
         if not knobs["resume"] and checkpoint_path.exists():
@@ -194,6 +198,8 @@ def train(knobs: dict) -> None:
     try:
         images, labels = load("train", num_images=knobs["limit"])
         val_images, val_labels = load("val", num_images=VALIDATION_IMAGES)
+    except PermissionError as error:
+        raise Stop(f"{error.filename} cannot be read: allow it, or give another --data-dir") from None
     except (ValueError, OSError) as error:
         raise Stop(str(error)) from None
     except MemoryError:
@@ -225,7 +231,7 @@ def train(knobs: dict) -> None:
     objective = {"simclr": lambda z1, z2, index: nt_xent(z1, z2, knobs["temperature"]), "sogclr": sogclr,
                  "hcl": lambda z1, z2, index: hcl(z1, z2, knobs["temperature"], knobs["tau_plus"], knobs["beta"])
                  }[knobs["objective"]]
-    optimizer = LARS(model.parameters(), knobs["lr"], weight_decay=knobs["weight_decay"])
+    optimizer = LARS(model.parameters(), *(knobs[x] for x in ("lr", "momentum", "weight_decay", "trust_coefficient")))
     steps_per_epoch = n // b
     total_steps = knobs["epochs"] * steps_per_epoch
     last_step = min(total_steps, knobs["max_steps"] or total_steps)
@@ -245,7 +251,6 @@ def train(knobs: dict) -> None:
     if knobs["resume"]:
         try:
             saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-            record = json.loads((run / "config.json").read_text())
             differences = [f"{name}: {saved['settings'].get(name)} there, {value} now" for name, value in settings.items()
                            if saved["settings"].get(name) != value]
             if differences:
@@ -269,6 +274,8 @@ def train(knobs: dict) -> None:
         if state["step"] >= last_step and (run / "result.json").exists():
             print(f"{run} is finished: step {state['step']}")
             return
+        with contextlib.suppress(OSError, ValueError):  # of where the run began; without it this is the record
+            record = json.loads((run / "config.json").read_text())
         record["resumed"].append({"step": state["step"], **provenance(device)})
     try:
         run.mkdir(parents=True, exist_ok=True)
