@@ -20,6 +20,14 @@ from theory import (METHODS, Matching, claim, cross_polytope, cross_polytope_los
 F64 = {"dtype": torch.float64}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():  # tensors this small gain nothing from a second
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

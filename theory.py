@@ -206,13 +206,15 @@ def train(method: str, u: Tensor, v: Tensor, batch_size: int, steps: int, lr: fl
 
 # ------------------------------------------------------------------------------------------------- statistics
 def interval(samples, statistic=np.mean, draws: int = 2000) -> tuple[float, float, float]:
-    """A statistic of samples [R] (or [R, columns], resampled together) and its 95 % bootstrap interval over R."""
+    """A statistic of samples [R] (or [R, columns], resampled together) and its 95 % bootstrap interval over R.
+
+    statistic(x, axis) of an array, over that axis.
+    """
     samples = np.asarray(samples, dtype=float)
     pick = np.random.default_rng(0).integers(len(samples), size=(draws, len(samples)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        resampled = np.array([statistic(samples[rows]) for rows in pick])
-        low, high = np.quantile(resampled, (0.025, 0.975), method="nearest")
-        return float(statistic(samples)), float(low), float(high)
+        low, high = np.quantile(statistic(samples[pick], axis=1), (0.025, 0.975), method="nearest")
+        return float(statistic(samples, axis=0)), float(low), float(high)
 
 
 def verdict(low: float, high: float, allowed: tuple[float, float]) -> str:
@@ -237,9 +239,9 @@ def first_steps(distances: Tensor, tolerance: float, every: int = 1) -> np.ndarr
 def speedup(steps: int):
     """Statistic of [R, 2]: median steps of SGD over those of a method. Runs of SGD that never arrive count as `steps`,
     so that it is then a lower bound; 0 where only SGD arrives, NaN where neither does."""
-    def ratio(x: np.ndarray) -> float:
-        sgd, own = np.median(x, 0)
-        return math.nan if math.isinf(sgd) and math.isinf(own) else min(sgd, steps) / own
+    def ratio(x: np.ndarray, axis: int) -> np.ndarray:
+        sgd, own = np.moveaxis(np.median(x, axis), -1, 0)
+        return np.where(np.isinf(sgd) & np.isinf(own), np.nan, np.minimum(sgd, steps) / own)
     return ratio
 
 
