@@ -74,7 +74,7 @@ step() {
   if [ -z "$state" ]; then why="first time"
   elif [ "${old%%$'\n'*}" != "python $*" ]; then why="its command changed"
   elif [ "$old" != "$key" ]; then
-    why="$(diff <(echo "$old") <(echo "$key") | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u | paste -sd ' ' -) changed"
+    why="$({ diff <(echo "$old") <(echo "$key") || :; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u | paste -sd ' ' -) changed"
   elif [ "$state" = begun ]; then why="begun and not finished"
   elif [ ! -e "$output" ]; then why="$output is gone"
   else act=skip why=$state; fi
