@@ -1,0 +1,313 @@
+"""One page of what was found: results/report.html, a single file, and results/report.md with the same.
+
+    python report.py [--results results] [--runs runs]
+
+Every number is read from the files that the other scripts wrote; what is missing is named with the command that makes it.
+"""
+import argparse
+import base64
+import html
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from cli import Stop, write_atomically
+
+EXPERIMENTS = {  # of synthetic.py, and the statement of the paper that each puts to the test
+    "toy": "Four samples in the plane: high-loss batches need far fewer steps than random ones, the fewer the closer to the optimum.",
+    "optima": "The full batch, and all N choose B batches together, end at the simplex ETF (d ≥ N−1) or the cross-polytope (d = N/2).",
+    "convergence": "Training on high-loss batches comes near the optimum in fewer steps than SGD.",
+    "subsets": "A strict subset of the batches does not have the full batch's optimum.",
+    "histograms": "Spectral clustering finds batches of higher loss than shuffling does.",
+    "temperature": "The theory is at temperature 1: does the lead of chosen batches last below it? (Not in the paper.)",
+    "scaling": "How does the lead of chosen batches grow with the number of samples? (Not in the paper.)",
+}
+VERDICTS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "not settled": "? not settled"}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; } h3 { margin-top: 2rem; }
+img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
+th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
+th { background: #f4f4f4; } td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.long { min-width: 14rem; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.holds { color: #00684a; } .contradicted { color: #a33b00; font-weight: 600; } td.holds, td.contradicted { white-space: nowrap; }
+summary { cursor: pointer; }
+"""
+
+
+# ------------------------------------------------------------------------------------------------- a page, written twice
+def as_html(blocks: list[tuple], folder: Path) -> str:
+    """The page as one file: blocks are (kind, ...) as made by the functions below; figures lie in `folder`."""
+    body = []
+    for kind, *rest in blocks:
+        text = html.escape(rest[0]) if isinstance(rest[0], str) else ""
+        if kind in ("h1", "h2", "h3", "p", "pre"):
+            body.append(f"<{kind}>{text}</{kind}>")
+        elif kind == "figure":
+            image = base64.b64encode((folder / rest[0]).read_bytes()).decode()
+            caption = html.escape(rest[1])
+            body.append(f'<figure><img src="data:image/png;base64,{image}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+        elif kind == "table":
+            head, rows, fold = rest
+            lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
+            table = (f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(x)}</th>" for x in head)}</tr></thead>\n'
+                     f"<tbody>{lines}</tbody></table></div>")
+            body.append(f"<details><summary>{html.escape(fold)}</summary>{table}</details>" if fold else table)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+            f'initial-scale=1"><title>{html.escape(blocks[0][1])}</title><style>{STYLE}</style></head>\n<body>\n'
+            + "\n".join(body) + "\n</body></html>\n")
+
+
+def cell(text: str) -> str:
+    kind = {VERDICTS["holds"]: "holds", VERDICTS["does not hold"]: "contradicted"}.get(text)
+    kind = kind or ("number" if re.match(r"[-−–]?[\d,.∞]+[^a-zA-Z]*$|–$|[\d.]+ (s|min|h)$", text) else "long" if len(text) > 50 else "")
+    return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
+
+
+def as_markdown(blocks: list[tuple]) -> str:
+    """The same page as Markdown, its figures as links relative to it."""
+    plain = lambda text: re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+    body = []
+    for kind, *rest in blocks:
+        if kind[0] == "h":
+            body.append("#" * int(kind[1]) + " " + plain(rest[0]))
+        elif kind == "p":
+            body.append(plain(rest[0]))
+        elif kind == "pre":
+            body.append(f"```\n{rest[0]}\n```")
+        elif kind == "figure":
+            body.append(f"![{plain(rest[1])}](<{rest[0]}>)")
+        elif kind == "table":
+            head, rows, fold = rest
+            body.append("\n".join([f"{plain(fold)}:\n"] * bool(fold) + [f"| {' | '.join(map(plain, row))} |" for row in
+                                                                      (head, ["---"] * len(head), *rows)]).replace("\\-", "-"))
+    return "\n\n".join(body) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------- numbers in words
+def number(x: float | None) -> str:
+    """Three digits; None, which stands for what is not finite, as a dash."""
+    if x is None or isinstance(x, float) and not math.isfinite(x):
+        return "–"
+    return f"{x:.0f}" if 1000 <= abs(x) < 1e6 else f"{x:.3g}"
+
+
+def span(interval, scale: float = 1) -> str:
+    low, high = ((None if x is None else scale * x) for x in interval or (None, None))
+    return f"{number(low) if low is not None else '−∞'} to {number(high) if high is not None else '∞'}"
+
+
+def percent(x: float | None) -> str:
+    return "–" if x is None else f"{100 * x:.1f} %"
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+# ------------------------------------------------------------------------------------------------- what the files say
+def read(path: Path, wanted: list[str], missing: list, command: str) -> dict | None:
+    """The JSON of a file that has the keys `wanted`; otherwise None, and a line in `missing`."""
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not set(wanted) <= set(record):
+            raise ValueError
+        return record
+    except FileNotFoundError:
+        missing.append((str(path), "not there", command))
+    except (OSError, ValueError):
+        missing.append((str(path), "cannot be read", command))
+    return None
+
+
+def student(samples: list[float]) -> tuple[float, float]:
+    """Mean, and its squared standard error."""
+    return statistics.mean(samples), statistics.variance(samples) / len(samples)
+
+
+def training_claims(runs: dict[str, dict]) -> list[dict]:
+    """Whether each sampler's runs reach a higher R@1 than random ones of equal steps, with Welch's interval over seeds.
+
+    With fewer than three seeds of either there is no interval, and nothing is settled.
+    """
+    from scipy.stats import t
+    groups = {}
+    for run in runs.values():
+        knobs = run["knobs"]
+        rest = json.dumps({name: value for name, value in knobs.items() if name not in
+                           ("sampler", "embeddings", "k", "q", "lowest", "select_after", "seed", "out_dir", "data_dir", "resume", "device")})
+        name = knobs["sampler"] + "".join(f", {x} {knobs[x]}" for x in ("embeddings", "k", "select_after") if knobs["sampler"] != "random")
+        groups.setdefault(rest, {}).setdefault(name, []).append(run)
+    claims = []
+    for group in groups.values():
+        for name, chosen in group.items():
+            if name == "random" or "random" not in group:
+                continue
+            a, b = ([run["R1"] for run in x] for x in (chosen, group["random"]))
+            knobs, low, high = chosen[0]["knobs"], None, None
+            difference = statistics.mean(a) - statistics.mean(b)
+            if min(len(a), len(b)) >= 3:
+                (_, u), (_, v) = student(a), student(b)
+                freedom = (u + v) ** 2 / (u * u / (len(a) - 1) + v * v / (len(b) - 1)) if u + v else 1
+                half = t.ppf(0.975, freedom) * math.sqrt(u + v)
+                low, high = 100 * (difference - half), 100 * (difference + half)
+            verdict = "not settled" if low is None or low <= 0 <= high else "holds" if low > 0 else "does not hold"
+            claims.append({
+                "claim": f"{knobs['dataset']}, {knobs['objective']}: {name} reaches a higher two-view R@1 than random batches at equal steps",
+                "measured": 100 * difference, "interval": [low, high], "verdict": verdict,
+                "form": f"points of R@1 > 0; seeds: {len(a)} of it, {len(b)} of random"})
+    return claims
+
+
+def claim_rows(claims: list[dict]) -> list[list[str]]:
+    return [[c["claim"], number(c["measured"]), "one run only" if c["interval"] == [None, None] else span(c["interval"]), c["form"],
+             VERDICTS.get(c["verdict"], c["verdict"])] for c in claims]
+
+
+CLAIM = ["claim", "measured", "95 % interval", "expected", "verdict"]
+
+
+def tally(claims: list[dict]) -> str:
+    count = {verdict: sum(c["verdict"] == verdict for c in claims) for verdict in VERDICTS}
+    return f"{len(claims)} claims: " + ", ".join(f"{n} {'hold' if v == 'holds' else 'do not hold' if v == 'does not hold' else v}"
+                                                for v, n in count.items())
+
+
+def build(results: Path, runs_folder: Path) -> list[tuple]:
+    """The page's blocks, from what lies in the two folders."""
+    missing, sources, claims, body = [], [], {}, []
+
+    def source(what: str, record: dict) -> None:
+        sources.append([what, record.get("time", "–")[:16].replace("T", " "), re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", record.get("commit", "–")),
+                        record.get("device", "–"), record.get("versions", {}).get("torch", "–"), record.get("command", "–")])
+
+    def figure(path: Path, caption: str) -> None:
+        if path.exists():
+            body.append(("figure", os.path.relpath(path, results), caption))
+        else:
+            missing.append((str(path), "not there", "see the table beside it"))
+
+    # theory
+    body.append(("h2", "The theory, on free embeddings"))
+    for name, statement in EXPERIMENTS.items():
+        record = read(results / f"synthetic/{name}.json", ["claims", "command"], missing, f"python synthetic.py --experiment {name} --out {results}/synthetic")
+        if record:
+            source(f"synthetic {name}", record)
+            claims[name] = record["claims"]
+            body.append(("h3", name.capitalize()))
+            body.append(("p", statement))
+            figure(results / f"synthetic/{name}.png", f"{name}: {tally(record['claims'])}")
+            body.append(("table", CLAIM, claim_rows(record["claims"]), tally(record["claims"])))
+            body.append(("pre", record["command"]))
+
+    # training
+    runs = {}
+    for folder in sorted(path for path in runs_folder.glob("*") if (path / "config.json").exists() and ".old-" not in path.name):
+        record = read(folder / "result.json", ["R1", "R5", "loss", "knobs", "seconds_training", "seconds_selecting", "command"], missing,
+                      "bash run_all.sh train (goes on with it)")
+        if record:
+            runs[folder.name] = record
+            source(f"run {folder.name}", record)
+    body.append(("h2", "Training on chosen batches"))
+    if not runs:
+        missing.append((f"{runs_folder}/*/result.json", "no finished run", "bash run_all.sh train"))
+    else:
+        body.append(("p", "R@1 and R@5 are those of finding an image's second view among all validation images that a run looks at. The loss is "
+                     "that of the batches trained on, so it does not compare samplers."))
+        body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"],
+                     [[name, percent(r["R1"]), percent(r["R5"]), number(r["loss"]), f"{r['step']:,}", clock(r["seconds_training"]),
+                       clock(r["seconds_selecting"]), f"{r['validation_images']:,}"] for name, r in runs.items()], ""))
+        claims["training"] = training_claims(runs)
+        body.append(("table", CLAIM, claim_rows(claims["training"]), ""))
+    evaluated = sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")])
+    if not evaluated:
+        missing.append((f"{results}/retrieval.json", "not there", "bash run_all.sh retrieval"))
+    for path in evaluated:
+        record = read(path, [], missing, "bash run_all.sh retrieval")
+        if record:
+            source(f"retrieval {os.path.relpath(path.parent, results)}".replace(" .", ""), record)
+            retrieval(record, path, body, claims, figure)
+
+    # samplers
+    body.append(("h2", "The samplers"))
+    record = read(results / "samplers.json", ["samplers", "growth", "command"], missing, f"python bench.py samplers --out {results}/samplers.json")
+    if record:
+        source("samplers", record)
+        body.append(("p", f"Windows of k = {record['k']} batches of {record['batch_size']}, temperature {record['temperature']}, embeddings: "
+                     f"{record['embeddings']}. Excess: mean batch loss over that of random batches; relative: to that of the paper's released method."))
+        body.append(("table", ["embeddings", "sampler", "mean loss", "excess", "relative", "ms a window", "of one eigh", "MB"],
+                     [[r["embeddings"], r["sampler"], *(number(r[x]) for x in ("loss", "excess", "relative", "ms", "of_eigh", "MB"))]
+                      for r in record["samplers"]], ""))
+        body.append(("p", "All pairs as one window, refined:"))
+        body.append(("table", ["pairs", "loss, random", "windows of k", "all", "seconds", "µs a pair", "MB"],
+                     [[f"{r['pairs']:,}", *(number(r[x]) for x in ("random", "windows", "all", "seconds", "us_a_pair", "MB"))]
+                      for r in record["growth"]], ""))
+        body.append(("pre", record["command"]))
+
+    # costs
+    body.append(("h2", "Costs"))
+    stages = {}
+    for stamp in sorted((runs_folder / ".steps").glob("[!.]*")):
+        lines = stamp.read_text(errors="replace").splitlines() if not stamp.name.endswith(".log") else []
+        found = re.fullmatch(r"finished (\S+) in (\d+)", lines[0]) if len(lines) > 1 else None
+        if found:
+            script = lines[1].split()[1].removesuffix(".py")
+            stages.setdefault(script, []).append((stamp.name, found[1], int(found[2])))
+    if stages:
+        body.append(("p", "Seconds that a step took when it last ran to its end; of an interrupted run, from where it went on."))
+        rows = [[stage, name, when[:16].replace("T", " "), clock(s)] for stage, steps in stages.items() for name, when, s in steps]
+        totals = [[stage, f"{len(steps)} steps", "", clock(sum(s for *_, s in steps))] for stage, steps in stages.items()]
+        body.append(("table", ["stage", "steps", "", "took"], totals + [["all", "", "", clock(sum(s for x in stages.values() for *_, s in x))]], ""))
+        body.append(("table", ["stage", "step", "finished", "took"], rows, "each step"))
+    else:
+        missing.append((f"{runs_folder}/.steps", "no finished step", "bash run_all.sh"))
+
+    # the first screen, last, as it sums up the rest
+    found = [(name, c) for name, x in claims.items() for c in x]
+    lead = [("h1", "Mini-batches worth training on: what was found"),
+            ("p", f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} by report.py from {len(sources)} result files. "
+                  + (tally([c for _, c in found]) + "." if found else "No claim has been put to the test yet."))]
+    lead.append(("table", ["put to the test", "holds", "does not hold", "not settled"],
+                 [[name, *(str(sum(c["verdict"] == v for c in x)) for v in VERDICTS)] for name, x in claims.items()], ""))
+    lead.append(("h2", "What contradicts the paper"))
+    for verdict, none, fold in (("does not hold", "No claim was found not to hold.", ""), ("not settled", "", "Not settled: {} claims whose interval lies on both sides")):
+        rows = [[name, *claim_rows([c])[0][:-1]] for name, c in found if c["verdict"] == verdict]
+        if rows:
+            lead.append(("table", ["where", *CLAIM[:-1]], rows, fold.format(len(rows))))
+        elif none:
+            lead.append(("p", none))
+    if missing:
+        lead += [("h2", "What is missing"), ("table", ["file", "", "made by"], [list(row) for row in missing], "")]
+    body += [("h2", "What was run"), ("table", ["what", "when", "commit", "device", "torch", "command"], sources, "")]
+    return lead + body
+
+
+def retrieval(record: dict, path: Path, body: list, claims: dict, figure) -> None:
+    """What retrieval.py found out about finished runs."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results, and of the report (default: results)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    words = parser.parse_args()
+    try:
+        words.results.mkdir(parents=True, exist_ok=True)
+        blocks = build(words.results, words.runs)
+        write_atomically(words.results / "report.html", as_html(blocks, words.results).encode())
+        write_atomically(words.results / "report.md", as_markdown(blocks).encode())
+    except (Stop, OSError) as error:
+        print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{words.results / 'report.html'}, {words.results / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
