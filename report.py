@@ -33,10 +33,10 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; marg
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; } h3 { margin-top: 2rem; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
-th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
-th { background: #f4f4f4; } td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.long { min-width: 14rem; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.holds { color: #00684a; } .contradicted { color: #a33b00; font-weight: 600; } td.holds, td.contradicted { white-space: nowrap; }
+th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { background: #f4f4f4; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.long { min-width: 11rem; white-space: normal; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.holds { color: #00684a; } .contradicted { color: #a33b00; font-weight: 600; }
 summary { cursor: pointer; }
 """
 
@@ -66,7 +66,8 @@ def as_html(blocks: list[tuple], folder: Path) -> str:
 
 def cell(text: str) -> str:
     kind = {VERDICTS["holds"]: "holds", VERDICTS["does not hold"]: "contradicted"}.get(text)
-    kind = kind or ("number" if re.match(r"[-−–]?[\d,.∞]+[^a-zA-Z]*$|–$|[\d.]+ (s|min|h)$", text) else "long" if len(text) > 50 else "")
+    figures = r"[-−–]?([\d,.]+(e[-+]?\d+)?|∞)?"
+    kind = kind or ("number" if re.fullmatch(rf"{figures}( %| s| min| h| to {figures})?", text) else "long" if len(text) > 24 else "")
     return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
 
 
@@ -277,9 +278,11 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
                  [[name, *(str(sum(c["verdict"] == v for c in x)) for v in VERDICTS)] for name, x in claims.items()], ""))
     lead.append(("h2", "What contradicts the paper"))
     for verdict, none, fold in (("does not hold", "No claim was found not to hold.", ""), ("not settled", "", "Not settled: {} claims whose interval lies on both sides")):
-        rows = [[name, *claim_rows([c])[0][:-1]] for name, c in found if c["verdict"] == verdict]
+        rows = [[f"{name}: {c['claim']}", *claim_rows([c])[0][1:-1]] for name, c in found if c["verdict"] == verdict]
         if rows:
-            lead.append(("table", ["where", *CLAIM[:-1]], rows, fold.format(len(rows))))
+            if not fold:
+                lead.append(("p", "Claims, the paper's and what follows from it, of which the measured interval lies outside of what they allow."))
+            lead.append(("table", CLAIM[:-1], rows, fold.format(len(rows))))
         elif none:
             lead.append(("p", none))
     if missing:
@@ -289,14 +292,26 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
 
 
 def retrieval(record: dict, path: Path, body: list, claims: dict, figure) -> None:
-    """What retrieval.py found out about finished runs."""
+    """What retrieval.py found out about finished runs: its figures, its claims, and each list of it as a table."""
+    for picture in ("curve", "neighbours"):
+        figure(path.parent / f"{picture}.png", f"{path.parent.name}: {picture}")
+    if record.get("claims"):
+        claims[f"retrieval, {path.parent.name}"] = record["claims"]
+        body.append(("table", CLAIM, claim_rows(record["claims"]), ""))
+    for name, rows in record.items():
+        if name != "claims" and isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            columns = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+            body.append(("p", name.replace("_", " ")))
+            body.append(("table", columns, [[span(x) if isinstance(x, list) and len(x) == 2 else str(x) if isinstance(x, (str, list, bool)) else number(x)
+                                             for x in (row.get(key) for key in columns)] for row in rows], ""))
+    body.append(("pre", record.get("command", "bash run_all.sh retrieval")))
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results, and of the report (default: results)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
-    words = parser.parse_args()
+    words = parser.parse_args(argv)
     try:
         words.results.mkdir(parents=True, exist_ok=True)
         blocks = build(words.results, words.runs)
@@ -310,4 +325,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
