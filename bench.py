@@ -235,7 +235,7 @@ def bench_data(count: int = 20_000) -> None:
 # at --quick, and in full.
 REFERENCE = {"synthetic-toy": (10, 60), "bench": (60, 60), "report": (3, 3)}
 FORWARD = 1.82e9 / 224 ** 2  # multiply-adds of ResNet-18 a pixel of an image; backward takes twice as many
-RETRIEVAL_VIEWS = 130_000  # embedded to evaluate a run
+RETRIEVAL_VIEWS = 30_000, 4_000_000  # embedded to evaluate a run: of generated images, of the -C sets'
 A100 = 60e12  # FLOP/s achieved in bfloat16, assumed: a fifth of the peak, as small batches of a small network do
 
 
@@ -321,7 +321,7 @@ def bench_plan(jobs: int) -> None:
         elif last.isdigit():
             took = int(last)
         elif words[0] == "retrieval.py":
-            took = sum(word.startswith("runs/") for word in words) * RETRIEVAL_VIEWS * min((v for _, v in measured.values()), default=0)
+            took = sum(word.startswith("runs/") for word in words) * RETRIEVAL_VIEWS[name != "retrieval-deadleaves"] * min((v for _, v in measured.values()), default=0)
         else:
             took = pace * REFERENCE.get(name, (0, 0))["--quick" not in words]
         total += took

@@ -46,12 +46,8 @@ def as_html(blocks: list[tuple], folder: Path) -> str:
     """The page as one file: blocks are (kind, ...) as made by the functions below; figures lie in `folder`."""
     body = []
     for kind, *rest in blocks:
-        text = html.escape(rest[0]) if isinstance(rest[0], str) else ""
-        if kind in ("h1", "h2", "h3", "p", "pre"):
-            body.append(f"<{kind}>{text}</{kind}>")
-        elif kind == "figure":
-            image = base64.b64encode((folder / rest[0]).read_bytes()).decode()
-            caption = html.escape(rest[1])
+        if kind == "figure":
+            image, caption = base64.b64encode((folder / rest[0]).read_bytes()).decode(), html.escape(rest[1])
             body.append(f'<figure><img src="data:image/png;base64,{image}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
         elif kind == "table":
             head, rows, fold = rest
@@ -59,6 +55,8 @@ def as_html(blocks: list[tuple], folder: Path) -> str:
             table = (f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(x)}</th>" for x in head)}</tr></thead>\n'
                      f"<tbody>{lines}</tbody></table></div>")
             body.append(f"<details><summary>{html.escape(fold)}</summary>{table}</details>" if fold else table)
+        else:
+            body.append(f"<{kind}>{html.escape(rest[0])}</{kind}>")
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
             f'initial-scale=1"><title>{html.escape(blocks[0][1])}</title><style>{STYLE}</style></head>\n<body>\n'
             + "\n".join(body) + "\n</body></html>\n")
@@ -94,18 +92,12 @@ def as_markdown(blocks: list[tuple]) -> str:
 # ------------------------------------------------------------------------------------------------- numbers in words
 def number(x: float | None) -> str:
     """Three digits; None, which stands for what is not finite, as a dash."""
-    if x is None or isinstance(x, float) and not math.isfinite(x):
-        return "–"
-    return f"{x:.0f}" if 1000 <= abs(x) < 1e6 else f"{x:.3g}"
+    return "–" if x is None or not math.isfinite(x) else f"{x:.0f}" if 1000 <= abs(x) < 1e6 else f"{x:.3g}"
 
 
-def span(interval, scale: float = 1) -> str:
-    low, high = ((None if x is None else scale * x) for x in interval or (None, None))
-    return f"{number(low) if low is not None else '−∞'} to {number(high) if high is not None else '∞'}"
-
-
-def percent(x: float | None) -> str:
-    return "–" if x is None else f"{100 * x:.1f} %"
+def span(interval) -> str:
+    low, high = interval
+    return f"{'−∞' if low is None else number(low)} to {'∞' if high is None else number(high)}"
 
 
 def clock(seconds: float) -> str:
@@ -127,17 +119,12 @@ def read(path: Path, wanted: list[str], missing: list, command: str) -> dict | N
     return None
 
 
-def student(samples: list[float]) -> tuple[float, float]:
-    """Mean, and its squared standard error."""
-    return statistics.mean(samples), statistics.variance(samples) / len(samples)
-
-
 def training_claims(runs: dict[str, dict]) -> list[dict]:
     """Whether each sampler's runs reach a higher R@1 than random ones of equal steps, with Welch's interval over seeds.
 
     With fewer than three seeds of either there is no interval, and nothing is settled.
     """
-    from scipy.stats import t
+    from scipy.stats import ttest_ind
     groups = {}
     for run in runs.values():
         knobs = run["knobs"]
@@ -147,23 +134,17 @@ def training_claims(runs: dict[str, dict]) -> list[dict]:
         groups.setdefault(rest, {}).setdefault(name, []).append(run)
     claims = []
     for group in groups.values():
-        for name, chosen in group.items():
-            if name == "random" or "random" not in group:
-                continue
-            a, b = ([run["R1"] for run in x] for x in (chosen, group["random"]))
-            knobs, low, high = chosen[0]["knobs"], None, None
-            difference = statistics.mean(a) - statistics.mean(b)
+        for name in group.keys() - {"random"} if "random" in group else ():
+            knobs, low, high = group[name][0]["knobs"], None, None
+            a, b = ([100 * run["R1"] for run in group[x]] for x in (name, "random"))
             if min(len(a), len(b)) >= 3:
-                (_, u), (_, v) = student(a), student(b)
-                freedom = (u + v) ** 2 / (u * u / (len(a) - 1) + v * v / (len(b) - 1)) if u + v else 1
-                half = t.ppf(0.975, freedom) * math.sqrt(u + v)
-                low, high = 100 * (difference - half), 100 * (difference + half)
-            verdict = "not settled" if low is None or low <= 0 <= high else "holds" if low > 0 else "does not hold"
+                low, high = map(float, ttest_ind(a, b, equal_var=False).confidence_interval())
             claims.append({
                 "claim": f"{knobs['dataset']}, {knobs['objective']}: {name} reaches a higher two-view R@1 than random batches at equal steps",
-                "measured": 100 * difference, "interval": [low, high], "verdict": verdict,
+                "measured": statistics.mean(a) - statistics.mean(b), "interval": [low, high],
+                "verdict": "holds" if low and low > 0 else "does not hold" if high and high < 0 else "not settled",
                 "form": f"points of R@1 > 0; seeds: {len(a)} of it, {len(b)} of random"})
-    return claims
+    return sorted(claims, key=lambda c: c["claim"])
 
 
 def claim_rows(claims: list[dict]) -> list[list[str]]:
@@ -222,7 +203,7 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
         body.append(("p", "R@1 and R@5 are those of finding an image's second view among all validation images that a run looks at. The loss is "
                      "that of the batches trained on, so it does not compare samplers."))
         body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"],
-                     [[name, percent(r["R1"]), percent(r["R5"]), number(r["loss"]), f"{r['step']:,}", clock(r["seconds_training"]),
+                     [[name, f"{100 * r['R1']:.1f} %", f"{100 * r['R5']:.1f} %", number(r["loss"]), f"{r['step']:,}", clock(r["seconds_training"]),
                        clock(r["seconds_selecting"]), f"{r['validation_images']:,}"] for name, r in runs.items()], ""))
         claims["training"] = training_claims(runs)
         body.append(("table", CLAIM, claim_rows(claims["training"]), ""))
@@ -263,28 +244,26 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
     if stages:
         body.append(("p", "Seconds that a step took when it last ran to its end; of an interrupted run, from where it went on."))
         rows = [[stage, name, when[:16].replace("T", " "), clock(s)] for stage, steps in stages.items() for name, when, s in steps]
-        totals = [[stage, f"{len(steps)} steps", "", clock(sum(s for *_, s in steps))] for stage, steps in stages.items()]
-        body.append(("table", ["stage", "steps", "", "took"], totals + [["all", "", "", clock(sum(s for x in stages.values() for *_, s in x))]], ""))
+        stages["all"] = [step for steps in stages.values() for step in steps]
+        body.append(("table", ["stage", "steps", "took"], [[stage, str(len(x)), clock(sum(s for *_, s in x))] for stage, x in stages.items()], ""))
         body.append(("table", ["stage", "step", "finished", "took"], rows, "each step"))
     else:
         missing.append((f"{runs_folder}/.steps", "no finished step", "bash run_all.sh"))
 
     # the first screen, last, as it sums up the rest
     found = [(name, c) for name, x in claims.items() for c in x]
+    contrary, open_ = ([[f"{name}: {c['claim']}", *claim_rows([c])[0][1:-1]] for name, c in found if c["verdict"] == verdict]
+                       for verdict in ("does not hold", "not settled"))
     lead = [("h1", "Mini-batches worth training on: what was found"),
             ("p", f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} by report.py from {len(sources)} result files. "
-                  + (tally([c for _, c in found]) + "." if found else "No claim has been put to the test yet."))]
-    lead.append(("table", ["put to the test", "holds", "does not hold", "not settled"],
-                 [[name, *(str(sum(c["verdict"] == v for c in x)) for v in VERDICTS)] for name, x in claims.items()], ""))
-    lead.append(("h2", "What contradicts the paper"))
-    for verdict, none, fold in (("does not hold", "No claim was found not to hold.", ""), ("not settled", "", "Not settled: {} claims whose interval lies on both sides")):
-        rows = [[f"{name}: {c['claim']}", *claim_rows([c])[0][1:-1]] for name, c in found if c["verdict"] == verdict]
-        if rows:
-            if not fold:
-                lead.append(("p", "Claims, the paper's and what follows from it, of which the measured interval lies outside of what they allow."))
-            lead.append(("table", CLAIM[:-1], rows, fold.format(len(rows))))
-        elif none:
-            lead.append(("p", none))
+                  + (tally([c for _, c in found]) + "." if found else "No claim has been put to the test yet.")),
+            ("table", ["put to the test", *VERDICTS], [[name, *(str(sum(c["verdict"] == v for c in x)) for v in VERDICTS)]
+                                                     for name, x in claims.items()], ""),
+            ("h2", "What contradicts the paper"),
+            ("p", "Claims, the paper's and what follows from it, of which the measured interval lies outside of what they allow." if contrary
+             else "No claim was found not to hold.")]
+    lead += [("table", CLAIM[:-1], rows, fold) for rows, fold in
+             ((contrary, ""), (open_, f"Not settled: {len(open_)} claims whose interval lies on both sides, or that rest on one run")) if rows]
     if missing:
         lead += [("h2", "What is missing"), ("table", ["file", "", "made by"], [list(row) for row in missing], "")]
     body += [("h2", "What was run"), ("table", ["what", "when", "commit", "device", "torch", "command"], sources, "")]

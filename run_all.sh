@@ -208,7 +208,7 @@ retrieval() {
       failed+=("retrieval-$dataset"); echo "== FAILED retrieval-$dataset: no run has finished; first: bash run_all.sh train" >&2; continue
     fi
     name=results; if [ -z "$quick" ]; then name=results/$dataset; fi
-    step "retrieval-$dataset" "$name/retrieval.json" "retrieval.py model.py data.py augment.py deadleaves.py cli.py$files" \
+    step "retrieval-$dataset" "$name/retrieval.json" "retrieval.py compare.py corruptions.py model.py data.py augment.py deadleaves.py cli.py$files" \
       retrieval.py "${there[@]}" --curve --recalibrate --corruptions $corruptions --data-dir DATA_DIR --out "$name"
   done
 }
