@@ -235,7 +235,7 @@ def bench_data(count: int = 20_000) -> None:
 # at --quick, and in full.
 REFERENCE = {"synthetic-toy": (10, 60), "bench": (60, 60), "report": (3, 3)}
 FORWARD = 1.82e9 / 224 ** 2  # multiply-adds of ResNet-18 a pixel of an image; backward takes twice as many
-RETRIEVAL_VIEWS = 30_000, 4_000_000  # embedded to evaluate a run: of generated images, of the -C sets'
+RETRIEVAL_VIEWS = 30_000, 4_000_000  # embedded to evaluate a run: of generated images, of the -C sets
 A100 = 60e12  # FLOP/s achieved in bfloat16, assumed: a fifth of the peak, as small batches of a small network do
 
 

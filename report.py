@@ -74,15 +74,13 @@ def as_markdown(blocks: list[tuple]) -> str:
     plain = lambda text: re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
     body = []
     for kind, *rest in blocks:
-        if kind[0] == "h":
-            body.append("#" * int(kind[1]) + " " + plain(rest[0]))
-        elif kind == "p":
-            body.append(plain(rest[0]))
-        elif kind == "pre":
+        if kind == "pre":
             body.append(f"```\n{rest[0]}\n```")
         elif kind == "figure":
             body.append(f"![{plain(rest[1])}](<{rest[0]}>)")
-        elif kind == "table":
+        elif kind != "table":  # a heading or a paragraph
+            body.append("#" * int(kind.strip("hp") or 0) + " " * (kind != "p") + plain(rest[0]))
+        else:
             head, rows, fold = rest
             body.append("\n".join([f"{plain(fold)}:\n"] * bool(fold) + [f"| {' | '.join(map(plain, row))} |" for row in
                                                                       (head, ["---"] * len(head), *rows)]).replace("\\-", "-"))
@@ -156,9 +154,8 @@ CLAIM = ["claim", "measured", "95 % interval", "expected", "verdict"]
 
 
 def tally(claims: list[dict]) -> str:
-    count = {verdict: sum(c["verdict"] == verdict for c in claims) for verdict in VERDICTS}
-    return f"{len(claims)} claims: " + ", ".join(f"{n} {'hold' if v == 'holds' else 'do not hold' if v == 'does not hold' else v}"
-                                                for v, n in count.items())
+    return f"{len(claims)} claims: " + ", ".join(f"{sum(c['verdict'] == v for c in claims)} {plural}" for v, plural in
+                                                zip(VERDICTS, ("hold", "do not hold", "not settled")))
 
 
 def build(results: Path, runs_folder: Path) -> list[tuple]:
@@ -169,22 +166,20 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
         sources.append([what, record.get("time", "–")[:16].replace("T", " "), re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", record.get("commit", "–")),
                         record.get("device", "–"), record.get("versions", {}).get("torch", "–"), record.get("command", "–")])
 
-    def figure(path: Path, caption: str) -> None:
-        if path.exists():
-            body.append(("figure", os.path.relpath(path, results), caption))
-        else:
-            missing.append((str(path), "not there", "see the table beside it"))
+    def figure(path: Path, caption: str, made_by: str) -> None:
+        missing.append((str(path), "not there", made_by)) if not path.exists() else body.append(
+            ("figure", os.path.relpath(path, results), caption))
 
     # theory
     body.append(("h2", "The theory, on free embeddings"))
     for name, statement in EXPERIMENTS.items():
-        record = read(results / f"synthetic/{name}.json", ["claims", "command"], missing, f"python synthetic.py --experiment {name} --out {results}/synthetic")
+        made_by = f"python synthetic.py --experiment {name} --out {results}/synthetic"
+        record = read(results / f"synthetic/{name}.json", ["claims", "command"], missing, made_by)
         if record:
             source(f"synthetic {name}", record)
             claims[name] = record["claims"]
-            body.append(("h3", name.capitalize()))
-            body.append(("p", statement))
-            figure(results / f"synthetic/{name}.png", f"{name}: {tally(record['claims'])}")
+            body += [("h3", name.capitalize()), ("p", statement)]
+            figure(results / f"synthetic/{name}.png", f"{name}: {tally(record['claims'])}", made_by)
             body.append(("table", CLAIM, claim_rows(record["claims"]), tally(record["claims"])))
             body.append(("pre", record["command"]))
 
@@ -273,16 +268,15 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
 def retrieval(record: dict, path: Path, body: list, claims: dict, figure) -> None:
     """What retrieval.py found out about finished runs: its figures, its claims, and each list of it as a table."""
     for picture in ("curve", "neighbours"):
-        figure(path.parent / f"{picture}.png", f"{path.parent.name}: {picture}")
+        figure(path.parent / f"{picture}.png", f"{path.parent.name}: {picture}", "bash run_all.sh retrieval")
     if record.get("claims"):
         claims[f"retrieval, {path.parent.name}"] = record["claims"]
         body.append(("table", CLAIM, claim_rows(record["claims"]), ""))
     for name, rows in record.items():
         if name != "claims" and isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
             columns = [key for key, value in rows[0].items() if not isinstance(value, dict)]
-            body.append(("p", name.replace("_", " ")))
             body.append(("table", columns, [[span(x) if isinstance(x, list) and len(x) == 2 else str(x) if isinstance(x, (str, list, bool)) else number(x)
-                                             for x in (row.get(key) for key in columns)] for row in rows], ""))
+                                             for x in (row.get(key) for key in columns)] for row in rows], name.replace("_", " ")))
     body.append(("pre", record.get("command", "bash run_all.sh retrieval")))
 
 
@@ -299,7 +293,7 @@ def main(argv: list[str]) -> int:
     except (Stop, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{words.results / 'report.html'}, {words.results / 'report.md'}")
+    print(words.results / "report.html", words.results / "report.md", sep=", ")
     return 0
 
 
