@@ -161,7 +161,6 @@ def tally(claims: list[dict]) -> str:
 def build(results: Path, runs_folder: Path) -> list[tuple]:
     """The page's blocks, from what lies in the two folders."""
     missing, sources, claims, body = [], [], {}, []
-
     def source(what: str, record: dict) -> None:
         sources.append([what, record.get("time", "–")[:16].replace("T", " "), re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", record.get("commit", "–")),
                         record.get("device", "–"), record.get("versions", {}).get("torch", "–"), record.get("command", "–")])
@@ -239,7 +238,7 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
     if stages:
         body.append(("p", "Seconds that a step took when it last ran to its end; of an interrupted run, from where it went on."))
         rows = [[stage, name, when[:16].replace("T", " "), clock(s)] for stage, steps in stages.items() for name, when, s in steps]
-        stages["all"] = [step for steps in stages.values() for step in steps]
+        stages["all"] = sum(stages.values(), [])
         body.append(("table", ["stage", "steps", "took"], [[stage, str(len(x)), clock(sum(s for *_, s in x))] for stage, x in stages.items()], ""))
         body.append(("table", ["stage", "step", "finished", "took"], rows, "each step"))
     else:
