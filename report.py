@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -117,36 +116,8 @@ def read(path: Path, wanted: list[str], missing: list, command: str) -> dict | N
     return None
 
 
-def training_claims(runs: dict[str, dict]) -> list[dict]:
-    """Whether each sampler's runs reach a higher R@1 than random ones of equal steps, with Welch's interval over seeds.
-
-    With fewer than three seeds of either there is no interval, and nothing is settled.
-    """
-    from scipy.stats import ttest_ind
-    groups = {}
-    for run in runs.values():
-        knobs = run["knobs"]
-        rest = json.dumps({name: value for name, value in knobs.items() if name not in
-                           ("sampler", "embeddings", "k", "q", "lowest", "select_after", "seed", "out_dir", "data_dir", "resume", "device")})
-        name = knobs["sampler"] + "".join(f", {x} {knobs[x]}" for x in ("embeddings", "k", "select_after") if knobs["sampler"] != "random")
-        groups.setdefault(rest, {}).setdefault(name, []).append(run)
-    claims = []
-    for group in groups.values():
-        for name in group.keys() - {"random"} if "random" in group else ():
-            knobs, low, high = group[name][0]["knobs"], None, None
-            a, b = ([100 * run["R1"] for run in group[x]] for x in (name, "random"))
-            if min(len(a), len(b)) >= 3:
-                low, high = map(float, ttest_ind(a, b, equal_var=False).confidence_interval())
-            claims.append({
-                "claim": f"{knobs['dataset']}, {knobs['objective']}: {name} reaches a higher two-view R@1 than random batches at equal steps",
-                "measured": statistics.mean(a) - statistics.mean(b), "interval": [low, high],
-                "verdict": "holds" if low and low > 0 else "does not hold" if high and high < 0 else "not settled",
-                "form": f"points of R@1 > 0; seeds: {len(a)} of it, {len(b)} of random"})
-    return sorted(claims, key=lambda c: c["claim"])
-
-
 def claim_rows(claims: list[dict]) -> list[list[str]]:
-    return [[c["claim"], number(c["measured"]), "one run only" if c["interval"] == [None, None] else span(c["interval"]), c["form"],
+    return [[c["claim"], number(c["measured"]), span(c["interval"]), c["form"],
              VERDICTS.get(c["verdict"], c["verdict"])] for c in claims]
 
 
@@ -199,16 +170,17 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
         body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"],
                      [[name, f"{100 * r['R1']:.1f} %", f"{100 * r['R5']:.1f} %", number(r["loss"]), f"{r['step']:,}", clock(r["seconds_training"]),
                        clock(r["seconds_selecting"]), f"{r['validation_images']:,}"] for name, r in runs.items()], ""))
-        claims["training"] = training_claims(runs)
-        body.append(("table", CLAIM, claim_rows(claims["training"]), ""))
     evaluated = sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")])
     if not evaluated:
         missing.append((f"{results}/retrieval.json", "not there", "bash run_all.sh retrieval"))
     for path in evaluated:
-        record = read(path, [], missing, "bash run_all.sh retrieval")
+        record = read(path, ["baseline", "command"], missing, "bash run_all.sh retrieval")
         if record:
-            source(f"retrieval {os.path.relpath(path.parent, results)}".replace(" .", ""), record)
-            retrieval(record, path, body, claims, figure)
+            where = "generated images" if path.parent == results else path.parent.name
+            source(f"retrieval, {where}", record)
+            for picture in ["curve"] * ("cost" in record) + ["neighbours"]:
+                figure(path.parent / f"{picture}.png", f"{where}: {picture}", "bash run_all.sh retrieval")
+            retrieval(record, where, body, claims)
 
     # samplers
     body.append(("h2", "The samplers"))
@@ -257,26 +229,42 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
             ("p", "Claims, the paper's and what follows from it, of which the measured interval lies outside of what they allow." if contrary
              else "No claim was found not to hold.")]
     lead += [("table", CLAIM[:-1], rows, fold) for rows, fold in
-             ((contrary, ""), (open_, f"Not settled: {len(open_)} claims whose interval lies on both sides, or that rest on one run")) if rows]
+             ((contrary, ""), (open_, f"Not settled: {len(open_)} claims whose interval lies on both sides, or that rest on one seed")) if rows]
     if missing:
         lead += [("h2", "What is missing"), ("table", ["file", "", "made by"], [list(row) for row in missing], "")]
     body += [("h2", "What was run"), ("table", ["what", "when", "commit", "device", "torch", "command"], sources, "")]
     return lead + body
 
 
-def retrieval(record: dict, path: Path, body: list, claims: dict, figure) -> None:
-    """What retrieval.py found out about finished runs: its figures, its claims, and each list of it as a table."""
-    for picture in ("curve", "neighbours"):
-        figure(path.parent / f"{picture}.png", f"{path.parent.name}: {picture}", "bash run_all.sh retrieval")
-    if record.get("claims"):
-        claims[f"retrieval, {path.parent.name}"] = record["claims"]
-        body.append(("table", CLAIM, claim_rows(record["claims"]), ""))
-    for name, rows in record.items():
-        if name != "claims" and isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            columns = [key for key, value in rows[0].items() if not isinstance(value, dict)]
-            body.append(("table", columns, [[span(x) if isinstance(x, list) and len(x) == 2 else str(x) if isinstance(x, (str, list, bool)) else number(x)
-                                             for x in (row.get(key) for key in columns)] for row in rows], name.replace("_", " ")))
-    body.append(("pre", record.get("command", "bash run_all.sh retrieval")))
+def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
+    """What retrieval.py found: a table a task, and for each group but the baseline the claim that it is better.
+
+    Other seeds can turn what one seed found, so an interval over images alone settles nothing.
+    """
+    tasks = {title: rows for title, rows in record.items() if isinstance(rows, list) and rows and "difference" in rows[0]}
+    for title, rows in tasks.items():
+        scores = [name for name in rows[0] if f"{name}_interval" in rows[0] and name != "difference"]
+        show = lambda row, name: "" if row[name] is None else f"{100 * row[name]:.1f} [{span([100 * x for x in row[f'{name}_interval']])}]"
+        body += [("h3", f"{where}: {title}"), ("p", f"In percent, with 95 % intervals over {rows[0]['interval_over']}; {rows[0]['images']:,} images; "
+                                               f"difference: to {record['baseline']}."),
+                 ("table", ["", "seeds", *scores, "difference", "training", "selecting"],
+                  [[row["group"], str(row["seeds"]), *(show(row, name) for name in [*scores, "difference"]), clock(row["seconds_training"]),
+                    clock(row["seconds_selecting"])] for row in rows], "")]
+        claims.setdefault(f"retrieval, {where}", []).extend({
+            "claim": f"{title}: {row['group']} finds more partners first than {record['baseline']} at equal steps",
+            "measured": 100 * row["difference"], "interval": [100 * x for x in row["difference_interval"]],
+            "form": f"points > 0; interval over {row['difference_over']}; seeds: {row['seeds']}",
+            "verdict": {"better": "holds", "worse": "does not hold"}.get(row["verdict"], "not settled")
+            if "seeds" in row["difference_over"] else "not settled"} for row in rows if row["difference"] is not None)
+    if record.get("cost"):
+        body += [("p", f"Cost to reach the R@1 of {record['baseline']}, along training, and its ratio to {record['baseline']}'s:"),
+                 ("table", ["", "target, %", "steps", "ratio", "seconds", "ratio"],
+                  [[row["group"], f"{100 * row['target']:.1f}", *(x if (x := number(row[name])) != "–" else "not reached" for name in
+                                                                   ("steps", "steps_ratio", "seconds", "seconds_ratio"))]
+                   for row in record["cost"]], "")]
+    if tasks:
+        body.append(("table", CLAIM, claim_rows(claims[f"retrieval, {where}"]), tally(claims[f"retrieval, {where}"])))
+    body.append(("pre", record["command"]))
 
 
 def main(argv: list[str]) -> int:

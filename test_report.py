@@ -84,8 +84,8 @@ def test_numbers_verdicts_and_commands_are_there(full):
     blocks = report.build(*full)
     reader, page = read_page(blocks, full[0])
     text = "\n".join(reader.text)
-    for expected in ("0.432", "0.41 to ∞", "−∞ to 2", "7.65", "7 hold, 7 do not hold, 8 not settled", "44.4 %", "47.8 %", "87.6 %", "41 s", "2.0 h",
-                     "3.46", "88.4", "10,000", "1.91", "61 s", "python made_up.py --quick", "0123456789+changes", "2026-03-04 05:06", "3.33"):
+    for expected in ("0.432", "0.41 to ∞", "−∞ to 2", "7.65", "7 hold, 7 do not hold, 7 not settled", "44.4 %", "47.8 %", "87.6 %", "41 s", "2.0 h",
+                     "3.46", "88.4", "10,000", "1.91", "61 s", "python made_up.py --quick", "0123456789+changes", "2026-03-04 05:06"):
         assert expected in text, expected
     assert "<b>rises</b>" not in page and "&lt;b&gt;rises&lt;/b&gt; | falls" in page
     assert "<=" not in re.sub(r"<style>.*</style>", "", page) and "&lt;= 1 &amp; more" in page
@@ -117,7 +117,7 @@ def test_contradictions_come_from_the_data(full):
     results, runs = full
     refuted, unsettled = contradictions(report.build(results, runs))[0]
     assert refuted == [f"{name}: {name} is refuted" for name in report.EXPERIMENTS]
-    assert len(unsettled) == len(report.EXPERIMENTS) + 1  # and one run of either sampler settles nothing
+    assert len(unsettled) == len(report.EXPERIMENTS)
     path = results / "synthetic/toy.json"
     record = json.loads(path.read_text())
     record["claims"][0]["verdict"] = "does not hold"
@@ -126,30 +126,39 @@ def test_contradictions_come_from_the_data(full):
     for name in report.EXPERIMENTS:
         write(results / f"synthetic/{name}.json", {**MADE, "claims": [claim("fine", 1.0, [1, 1], "holds")]})
     tables, blocks = contradictions(report.build(results, runs))
-    assert len(tables) == 1 and ("p", "No claim was found not to hold.") in blocks
+    assert not tables and ("p", "No claim was found not to hold.") in blocks
 
 
-@pytest.mark.parametrize("better, expected", [(0.10, "holds"), (-0.10, "does not hold"), (0.002, "not settled")])
-def test_training_is_judged_by_seeds(full, better, expected):
-    for seed, noise in enumerate((0.0, 0.011, -0.013)):
-        write_run(full[1], f"random-{seed}", "random", seed, 0.45 + noise)
-        write_run(full[1], f"osgd-{seed}", "osgd", seed, 0.45 + better - noise)
-    runs = {path.parent.name: json.loads(path.read_text()) for path in full[1].glob("*-?/result.json")}
-    (found,) = report.training_claims(runs)
-    assert found["verdict"] == expected and found["measured"] == pytest.approx(100 * better, abs=0.2)
-    assert found["interval"][0] < found["measured"] < found["interval"][1]
-    assert report.training_claims({name: run for name, run in runs.items() if not name.endswith("2")})[0]["verdict"] == "not settled"
-    assert not report.training_claims({name: run for name, run in runs.items() if name.startswith("osgd")})
+def row(group, difference, interval, verdict, over="seeds and images, paired by seed"):
+    return {"group": group, "seeds": 3, "images": 1000, "interval_over": "seeds and images", "difference_over": over, "R1": 0.4321,
+            "R1_interval": [0.41, 0.45], "difference": difference, "difference_interval": interval, "verdict": verdict,
+            "seconds_training": 41.0, "seconds_selecting": 5.0}
 
 
-def test_interval_over_seeds_by_hand(full):
-    """Means 0.48 and 0.45, variances 1e-4 each, three seeds: 4 degrees of freedom, t = 2.776445."""
-    for sampler, middle in (("osgd", 0.48), ("random", 0.45)):
-        for seed in range(3):
-            write_run(full[1], f"{sampler}-{seed}", sampler, seed, middle + 0.01 * (seed - 1))
-    (found,) = report.training_claims({path.parent.name: json.loads(path.read_text()) for path in full[1].glob("*-?/result.json")})
-    half = 2.776445 * (2 / 3) ** 0.5
-    assert found["interval"] == pytest.approx([3 - half, 3 + half], abs=1e-5)
+def test_retrieval_is_judged_by_seeds(full):
+    results, runs = full
+    write(results / "retrieval.json", {**MADE, "baseline": "random", "groups": {}, "two views": [
+        row("random", None, None, "baseline"), row("refined", 0.031, [0.011, 0.052], "better"), row("osgd", -0.02, [-0.03, -0.01], "worse"),
+        row("spectral", 0.01, [-0.01, 0.03], "not settled"), row("refined k 64", 0.05, [0.04, 0.06], "better", "images")],
+        "cost": [{"group": "osgd", "seeds": 1, "target": 0.44, "steps": None, "steps_ratio": None, "seconds": 12.5, "seconds_ratio": 0.61}]})
+    (results / "neighbours.png").write_bytes(PNG)
+    blocks = report.build(results, runs)
+    reader, _ = read_page(blocks, results)
+    text = "\n".join(reader.text)
+    for expected in ("43.2 [41 to 45]", "3.1 [1.1 to 5.2]", "not reached", "0.61", "results/curve.png"):
+        assert expected in text, expected
+    claims = next(block[2] for block in blocks if block[0] == "table" and block[3].startswith("4 claims"))
+    assert [line[-1].split(" ", 1)[1] for line in claims] == ["holds", "does not hold", "not settled", "not settled"]
+    refuted, _ = contradictions(blocks)[0]
+    assert refuted[-1] == "retrieval, generated images: two views: osgd finds more partners first than random at equal steps"
+
+
+def test_bench_writes_what_the_report_reads(full):
+    import bench
+    bench.bench_samplers(None, [320], str(full[0] / "samplers.json"), batch_size=8, k=10)
+    blocks = report.build(*full)
+    head, rows, _ = next(block[1:] for block in blocks if block[0] == "table" and block[1][0] == "embeddings")
+    assert len(rows) == 10 and all(len(x) == len(head) for x in rows) and {"random", "refined"} <= {x[1] for x in rows}
 
 
 def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
