@@ -162,7 +162,7 @@ tests() { if [ -n "$dry" ]; then echo "== run test"; else "$python" -m pytest -q
 synthetic() {
   local name  # toy first: a picture in the first minute
   for name in toy optima convergence subsets histograms temperature scaling; do
-    step "synthetic-$name" "results/synthetic/$name.json" "synthetic.py samplers.py model.py figures.py cli.py" \
+    step "synthetic-$name" "results/synthetic/$name.json" "synthetic.py theory.py samplers.py model.py figures.py cli.py" \
       synthetic.py $quick --experiment "$name" --out results/synthetic
   done
 }
@@ -208,7 +208,7 @@ retrieval() {
       failed+=("retrieval-$dataset"); echo "== FAILED retrieval-$dataset: no run has finished; first: bash run_all.sh train" >&2; continue
     fi
     name=results; if [ -z "$quick" ]; then name=results/$dataset; fi
-    step "retrieval-$dataset" "$name/retrieval.json" "retrieval.py compare.py corruptions.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
+    step "retrieval-$dataset" "$name/retrieval.json" "retrieval.py compare.py corruptions.py probe.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
       retrieval.py "${there[@]}" --curve --recalibrate --corruptions $corruptions --data-dir DATA_DIR --out "$name"
   done
 }
