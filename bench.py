@@ -231,9 +231,11 @@ def bench_data(count: int = 20_000) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what a plan costs
-# Seconds of the steps that train nothing, on two cores of an AMD EPYC on which a window of spectral batches takes 19 ms:
-# at --quick, and in full.
-REFERENCE = {"synthetic-toy": (10, 60), "bench": (60, 60), "report": (3, 3)}
+# Seconds, at --quick and in full, of steps that cannot be counted: what they may take on two cores of
+# an AMD EPYC, on which a window of spectral batches takes 19 ms. Once a step has run, its own time stands in for it.
+REFERENCE = {"synthetic-toy": (10, 60), "synthetic-optima": (25, 240), "synthetic-convergence": (40, 480), "synthetic-subsets": (15, 120),
+             "synthetic-histograms": (10, 60), "synthetic-temperature": (15, 120), "synthetic-scaling": (10, 120), "bench": (60, 60),
+             "report": (4, 4)}
 FORWARD = 1.82e9 / 224 ** 2  # multiply-adds of ResNet-18 a pixel of an image; backward takes twice as many
 RETRIEVAL_VIEWS = 30_000, 4_000_000  # embedded to evaluate a run: of generated images, of the -C sets
 A100 = 60e12  # FLOP/s achieved in bfloat16, assumed: a fifth of the peak, as small batches of a small network do
@@ -326,9 +328,14 @@ def bench_plan(jobs: int) -> None:
             took = pace * REFERENCE.get(name, (0, 0))["--quick" not in words]
         total += took
         print(f"{act:<7}{clock(took) if act != 'skip' else '-':>9}  {shlex.join(['python', *words])}    # {why}")
-    print(f"{'sum':<7}{clock(total):>9}" + (f"; {clock(total - training + training / jobs)} with {jobs} GPUs" if jobs > 1 else ""))
-    for (size, b), (step, view) in measured.items():
+    print(f"{'sum':<7}{clock(total):>9}" + (f"; {clock(total - training + training / jobs)} with --jobs {jobs} where each has a GPU to itself" if jobs > 1 else ""))
+    for (size, b), (step, view) in list(measured.items()):
         print(f"measured at {size} px on {device}: {1000 * step:.1f} ms a training step of 2 x {b} views, {1 / view:,.0f} embedded views/s")
+        if device.type == "cuda":
+            four, memory = measure(size, side, 4 * b, device)[0], torch.cuda.max_memory_allocated(device)
+            print(f"4 times the batch takes {four / step:.1f} times as long and at most {memory / 1e9:.1f} GB, of "
+                  f"{torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}: about {4 * step / four:.1f} runs side by side keep a GPU "
+                  "busy, as --jobs N for N runs in all")
     if counts:
         print(f"\n{'run':<32}{'steps':>9}{'trained':>9}{'embedded views a step':>23}{'FLOP':>9}{'on one A100':>13}")
     for name, steps, trained, embedded, flop in counts:
@@ -336,7 +343,8 @@ def bench_plan(jobs: int) -> None:
     if counts:
         flop = sum(row[-1] for row in counts)
         print(f"{'sum':<73}{flop:>9.1e}{clock(flop / A100):>13}   at {A100 / 1e12:.0f} TFLOP/s, an assumption")
-        print(f"Decoded once, for all runs together: {', '.join(f'{name} {size / 1e6:,.0f} MB' for name, size in sets.items())}.")
+        print(f"Decoded once into one memory-mapped file for all runs, also side by side: "
+              f"{', '.join(f'{name} {size / 1e6:,.0f} MB' for name, size in sets.items())}.")
 
 
 def main() -> int:
