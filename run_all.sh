@@ -72,7 +72,7 @@ step() {
   state=$(sed -n 1p "$STEPS/$name" 2>/dev/null || :)
   old=$(sed 1d "$STEPS/$name" 2>/dev/null || :)
   if [ -z "$state" ]; then why="first time"
-  elif [ "${old%%$'\n'*}" != "python $*" ]; then why="its command changed"
+  elif [ "$(sed -n 2p "$STEPS/$name")" != "python $*" ]; then why="its command changed"
   elif [ "$old" != "$key" ]; then
     why="$({ diff <(echo "$old") <(echo "$key") || :; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u | paste -sd ' ' -) changed"
   elif [ "$state" = begun ]; then why="begun and not finished"
