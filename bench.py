@@ -231,10 +231,10 @@ def bench_data(count: int = 20_000) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what a plan costs
-# Seconds, at --quick and in full, of steps that cannot be counted: what they may take on two cores of
-# an AMD EPYC, on which a window of spectral batches takes 19 ms. Once a step has run, its own time stands in for it.
-REFERENCE = {"synthetic-toy": (10, 60), "synthetic-optima": (25, 240), "synthetic-convergence": (40, 480), "synthetic-subsets": (15, 120),
-             "synthetic-histograms": (10, 60), "synthetic-temperature": (15, 120), "synthetic-scaling": (10, 120), "bench": (60, 60),
+# Seconds, at --quick and in full, of steps that cannot be counted, on two cores of an AMD EPYC on which a window of spectral
+# batches takes 19 ms; roughly. Once a step has run, its own time stands in for it.
+REFERENCE = {"synthetic-toy": (9, 90), "synthetic-optima": (40, 400), "synthetic-convergence": (40, 400), "synthetic-subsets": (8, 80),
+             "synthetic-histograms": (5, 50), "synthetic-temperature": (15, 150), "synthetic-scaling": (5, 50), "bench": (60, 60),
              "report": (4, 4)}
 FORWARD = 1.82e9 / 224 ** 2  # multiply-adds of ResNet-18 a pixel of an image; backward takes twice as many
 RETRIEVAL_VIEWS = 30_000, 4_000_000  # embedded to evaluate a run: of generated images, of the -C sets
