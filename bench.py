@@ -2,8 +2,9 @@
 
     python bench.py samplers [--embeddings FILE.npz]     all samplers and rivals: hardness, time, memory; growth with n
     python bench.py augment                              against torchvision's transforms, image by image
-    python bench.py step                                 a training step against bare forward + backward
+    python bench.py step [--image-size 224]              a training step against bare forward + backward
     python bench.py data                                 decoding JPEGs into the cache, and the second start
+    bash run_all.sh --dry-run                            the time and memory of everything (bench.py plan)
 
 FILE.npz holds pairs of arrays [n, d] named NAME_u and NAME_v, or u and v. Times of one table are measured in turns in
 one run, so their ratios hold on a busy machine.
@@ -15,6 +16,7 @@ import gc
 import io
 import json
 import math
+import shlex
 import statistics
 import sys
 import tempfile
@@ -30,8 +32,9 @@ import data
 import rivals
 import train
 from augment import MEAN, STD, augment
-from cli import Stop
+from cli import Stop, provenance, write_atomically
 from deadleaves import deadleaves
+from lars import LARS
 from model import ContrastiveModel, nt_xent
 from samplers import batch_losses, osgd_batches, random_batches, spectral_batches
 
@@ -73,8 +76,12 @@ def peak(function: Callable[[], object]) -> tuple[object, float]:
         return function(), math.nan
 
 
-def bench_samplers(file: str | None, pairs: list[int], batch_size: int = 32, k: int = 40, temperature: float = 0.1) -> None:
-    """Batches from windows of k*B pairs: mean loss, excess over random relative to the released method's, time, memory."""
+def bench_samplers(file: str | None, pairs: list[int], out: str | None = None, batch_size: int = 32, k: int = 40, temperature: float = 0.1) -> None:
+    """Batches from windows of k*B pairs: mean loss, excess over random relative to the released method's, time, memory.
+
+    All of it also as JSON in `out`."""
+    record = {"experiment": "samplers", "embeddings": file or "made up", "batch_size": batch_size, "k": k, "temperature": temperature,
+              **provenance(torch.device("cpu")), "samplers": [], "growth": []}
     if file:
         arrays = {name: torch.from_numpy(x).float() for name, x in np.load(file).items()}
         sets = {name[:-1].rstrip("_") or "embeddings": (x, arrays[name[:-1] + "v"])
@@ -113,6 +120,8 @@ def bench_samplers(file: str | None, pairs: list[int], batch_size: int = 32, k: 
             (took,) = seconds(lambda: choose(*windows[0], g.manual_seed(0)), rounds=3)
             memory = peak(lambda: choose(*windows[0], g.manual_seed(0)))[1]
             excess = losses[method] - base
+            record["samplers"].append({"embeddings": name, "sampler": method, "loss": losses[method], "excess": excess, "relative":
+                                       excess / (losses["released spectral"] - base), "ms": 1000 * took, "of_eigh": took / eigh, "MB": memory})
             print(f"{name:<11}{method:<20}{losses[method]:>10.3f}{excess:>8.3f}{excess / (losses['released spectral'] - base):>9.2f}"
                   f"{1000 * took:>9.1f}{took / eigh:>8.2f}{memory:>7.0f}", flush=True)
     print("\nall pairs as one window, refined, in parts (made-up embeddings of 128 dimensions)")
@@ -127,7 +136,13 @@ def bench_samplers(file: str | None, pairs: list[int], batch_size: int = 32, k: 
         windows = spectral_batches(u[few], v[few], batch_size, k, temperature, torch.Generator().manual_seed(0), refine=True)
         loss = [batch_losses(u, v, x, temperature).mean().item() for x in (torch.arange(n // batch_size * batch_size).view(-1, batch_size),
                                                                          windows, batches)]
+        record["growth"].append(dict(zip(("pairs", "random", "windows", "all", "seconds", "us_a_pair", "MB"),
+                                         (n, *loss, took, 1e6 * took / n, memory))))
         print(f"{n:>10,}{loss[0]:>9.3f}{loss[1]:>14.3f}{loss[2]:>8.3f}{took:>10.1f}{1e6 * took / n:>11.0f}{memory:>7.0f}", flush=True)
+    if out:
+        Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record, indent=1).replace("NaN", "null")
+        write_atomically(Path(out).expanduser(), text.encode())
 
 
 def bench_augment() -> None:
@@ -153,11 +168,12 @@ def bench_augment() -> None:
         print(f"{size:>3} → {size:<3}{batch_size:>6} {slow:>21,.0f} {fast:>17,.0f} {fast / slow:>6.1f}")
 
 
-def bench_step(steps: int = 40) -> None:
+def bench_step(size: int = 32) -> None:
     """Seconds of a step of train.py against forward and backward of the same network on a fixed batch, and the rest."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = max(2, 40 if device.type == "cuda" else 40 * 32 * 32 // size ** 2)
     model = ContrastiveModel().to(device, memory_format=torch.channels_last)
-    images = torch.randn(64, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(64, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def bare() -> None:
         for _ in range(steps):
@@ -172,13 +188,13 @@ def bench_step(steps: int = 40) -> None:
             out = f"{folder}/{len(whole)}"
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 code = train.main(["--data-dir", folder, "--out-dir", out, "--sampler", "random", "--device", device.type,
-                                   "--max-steps", str(steps), "--log-every", str(steps)])
+                                   "--image-size", str(size), "--max-steps", str(steps), "--log-every", str(steps)])
             if code:
                 raise Stop("train.py failed; run it by itself to see why")
             whole.append(json.loads(Path(out, "log.jsonl").read_text())["seconds_training"] / steps)
         forward_backward, _ = seconds(bare, training, rounds=3)
     forward_backward, step = forward_backward / steps, statistics.median(whole[1:])
-    print(f"ResNet-18 at 32 px, 2 x 32 views, {device}")
+    print(f"ResNet-18 at {size} px, 2 x 32 views, {device}")
     print(f"{'forward + backward':<20}{1000 * forward_backward:>8.1f} ms")
     print(f"{'step of train.py':<20}{1000 * step:>8.1f} ms   ratio {step / forward_backward:.2f}")
 
@@ -214,15 +230,136 @@ def bench_data(count: int = 20_000) -> None:
     print(f"{'second start':<30}{again:>9.3f} s")
 
 
+# ------------------------------------------------------------------------------------------------- what a plan costs
+# Seconds, at --quick and in full, of steps that cannot be counted, on two cores of an AMD EPYC on which a window of spectral
+# batches takes 19 ms; roughly. Once a step has run, its own time stands in for it.
+REFERENCE = {"synthetic-toy": (9, 90), "synthetic-optima": (40, 400), "synthetic-convergence": (40, 400), "synthetic-subsets": (8, 80),
+             "synthetic-histograms": (5, 50), "synthetic-temperature": (15, 150), "synthetic-scaling": (5, 50), "bench": (60, 60),
+             "report": (4, 4)}
+FORWARD = 1.82e9 / 224 ** 2  # multiply-adds of ResNet-18 a pixel of an image; backward takes twice as many
+RETRIEVAL_VIEWS = 30_000, 4_000_000  # embedded to evaluate a run: of generated images, of the -C sets
+A100 = 60e12  # FLOP/s achieved in bfloat16, assumed: a fifth of the peak, as small batches of a small network do
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def repeated(function: Callable[[], object], budget: float = 4) -> float:
+    """Median seconds of a call, of at most 20 and as many as the budget allows, at least one, after one that warms up."""
+    times, ends = [], math.inf
+    while len(times) < 2 or len(times) < 21 and times[-1] < ends - time.perf_counter():
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        ends = min(ends, time.perf_counter() + budget)
+    return statistics.median(times[1:])
+
+
+def measure(size: int, source: int, batch_size: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a training step and of embedding one view, both with augmentation."""
+    model = ContrastiveModel().to(device, memory_format=torch.channels_last)
+    optimizer = LARS(model.parameters(), 0.1)
+    images = torch.randint(0, 256, (512, 3, source, source), dtype=torch.uint8, device=device)
+    g = torch.Generator().manual_seed(0)
+
+    def views(index: torch.Tensor) -> torch.Tensor:
+        return augment(images[index.to(device)], size, g).contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            z1, z2 = model(views(torch.arange(batch_size).repeat(2) % 512)).chunk(2)
+        nt_xent(z1, z2).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # A CPU takes as long a view whatever their number, and a large step would take a minute.
+    share = 1 if device.type == "cuda" else max(1, min(batch_size // 4, size * size // 4096))
+    few, batch_size = torch.arange(256 if device.type == "cuda" else 16 // share + 4), batch_size // share
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return share * repeated(step), repeated(lambda: train.embed(model, views, few)) / (2 * len(few))
+
+
+def bench_plan(jobs: int) -> None:
+    """Time of the commands on standard input, lines of: act, name, why, seconds last time (or empty), command; tab-separated.
+
+    Training is counted in steps and forward passes, whose times are measured here at each size of views; what takes the
+    same time on every machine of a kind was measured once (REFERENCE) and is scaled by a window of spectral batches.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pairs, g = clustered(1280), torch.Generator().manual_seed(0)
+    window = repeated(lambda: spectral_batches(*pairs, 32, 40, 0.1, g))
+    pace, measured, total, training, counts, sets = window / 0.019, {}, 0.0, 0.0, [], {}
+    if device.type == "cuda":
+        pairs = tuple(x.to(device) for x in pairs)
+        window = repeated(lambda: spectral_batches(*pairs, 32, 40, 0.1, g))
+    print(f"{'':<7}{'estimate':>9}  command")
+    for line in filter(None, sys.stdin.read().split("\n")):
+        act, name, why, last, command = line.split("\t")
+        words = shlex.split(command)
+        took = 0.0
+        if act == "skip":
+            pass
+        elif words[0] == "train.py":
+            knobs = train.settle(words[1:])
+            images = min({"cifar100": 50_000, "tinyimagenet": 100_000}.get(knobs["dataset"], 1 << 62), knobs["limit"] or 1 << 62)
+            size, b, side = knobs["image_size"], knobs["batch_size"], knobs["source_size"] or data.SOURCE_SIZE[knobs["dataset"]]
+            if (size, b) not in measured:
+                measured[size, b] = measure(size, side, b, device)
+            step, view = measured[size, b]
+            steps = min(knobs["epochs"] * (images // b), knobs["max_steps"] or 1 << 62)
+            log = Path(knobs["out_dir"], "log.jsonl")
+            there = json.loads(log.read_text().splitlines()[-1])["step"] if act == "resume" and log.exists() and log.read_text() else 0
+            k, q = knobs["k"] or 1, knobs["q"] or 1
+            embedded = 0 if knobs["sampler"] == "random" or knobs["embeddings"] == "free" else 2 * b * k / q  # views a step
+            split = {"spectral": window / 40, "refined": 4 * window / 40}.get(knobs["sampler"], 0)
+            took = (steps - there) * (step + embedded * view + split + 2 * train.VALIDATION_IMAGES * view / (images // b))
+            flop = 2 * FORWARD * size ** 2 * steps * (3 * 2 * b + embedded)
+            counts.append((name, steps, 2 * b, embedded, flop))
+            sets[knobs["dataset"]] = 3 * side ** 2 * images
+            training += took
+        elif last.isdigit():
+            took = int(last)
+        elif words[0] == "retrieval.py":
+            took = sum(word.startswith("runs/") for word in words) * RETRIEVAL_VIEWS[name != "retrieval-deadleaves"] * min((v for _, v in measured.values()), default=0)
+        else:
+            took = pace * REFERENCE.get(name, (0, 0))["--quick" not in words]
+        total += took
+        print(f"{act:<7}{clock(took) if act != 'skip' else '-':>9}  {shlex.join(['python', *words])}    # {why}")
+    print(f"{'sum':<7}{clock(total):>9}" + (f"; {clock(total - training + training / jobs)} with --jobs {jobs} where each has a GPU to itself" if jobs > 1 else ""))
+    for (size, b), (step, view) in list(measured.items()):
+        print(f"measured at {size} px on {device}: {1000 * step:.1f} ms a training step of 2 x {b} views, {1 / view:,.0f} embedded views/s")
+        if device.type == "cuda":
+            four, memory = measure(size, side, 4 * b, device)[0], torch.cuda.max_memory_allocated(device)
+            print(f"4 times the batch takes {four / step:.1f} times as long and at most {memory / 1e9:.1f} GB, of "
+                  f"{torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}: about {4 * step / four:.1f} runs side by side keep a GPU "
+                  "busy, as --jobs N for N runs in all")
+    if counts:
+        print(f"\n{'run':<32}{'steps':>9}{'trained':>9}{'embedded views a step':>23}{'FLOP':>9}{'on one A100':>13}")
+    for name, steps, trained, embedded, flop in counts:
+        print(f"{name:<32}{steps:>9,}{trained:>9}{embedded:>23,.0f}{flop:>9.1e}{clock(flop / A100):>13}")
+    if counts:
+        flop = sum(row[-1] for row in counts)
+        print(f"{'sum':<73}{flop:>9.1e}{clock(flop / A100):>13}   at {A100 / 1e12:.0f} TFLOP/s, an assumption")
+        print(f"Decoded once into one memory-mapped file for all runs, also side by side: "
+              f"{', '.join(f'{name} {size / 1e6:,.0f} MB' for name, size in sets.items())}.")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("samplers", "augment", "step", "data"))
+    parser.add_argument("what", choices=("samplers", "augment", "step", "data", "plan"))
     parser.add_argument("--embeddings", metavar="FILE.npz", help="samplers: real embeddings (default: made up)")
     parser.add_argument("--pairs", metavar="N", type=int, nargs="+", default=[10_000, 40_000],
                         help="samplers: sizes at which growth is measured (default: 10000 40000; 1000000 takes minutes)")
+    parser.add_argument("--out", metavar="FILE.json", help="samplers: write the numbers here too")
+    parser.add_argument("--image-size", metavar="S", type=int, default=32, help="step: side of the views (default: 32)")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="plan: training runs at a time")
     words = parser.parse_args()
     try:
-        bench_samplers(words.embeddings, words.pairs) if words.what == "samplers" else globals()[f"bench_{words.what}"]()
+        globals()[f"bench_{words.what}"](*{"samplers": (words.embeddings, words.pairs, words.out), "step": (words.image_size,),
+                                           "plan": (words.jobs,)}.get(words.what, ()))
     except (Stop, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2

@@ -125,7 +125,8 @@ def provenance(device: torch.device) -> dict:
         done = subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
     try:
-        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")  # of code: results are made by it
+        commit = git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except OSError:  # no git on this machine
         commit = ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \

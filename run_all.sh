@@ -1,25 +1,154 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs everything.
-#   bash run_all.sh            setup, then the paper's runs where there are a CUDA GPU and the data, else the quick ones
-#   bash run_all.sh test       setup, then the tests
-#   bash run_all.sh STAGE ...  stages by name: setup test train report paper
-# A finished run is skipped, an interrupted one goes on where it was. DATA_DIR (default: data) holds the data sets.
+# Sets up .venv and makes every number and figure; ends in results/report.html.
+#   bash run_all.sh [OPTION ...] [STAGE ...]     the stages named, or all but test
+#
+# setup      .venv with the packages of requirements.txt
+# test       the tests
+# synthetic  the paper's theory on free embeddings     results/synthetic/
+# train      data set x sampler x objective x seed     runs/
+# retrieval  the trained runs evaluated and compared   results/, with --full results/DATASET/
+# bench      the samplers' table                       results/samplers.json
+# report     all of it on one page                     results/report.html, results/report.md
+#
+# --full      the paper's twelve runs (the default where there are a CUDA GPU and one of their data sets)
+# --quick     the same on generated images, small: 15 minutes on two cores (the default elsewhere)
+# --own-size  with --full: views of the images' own size, 32 or 64 pixels, instead of 224
+# --dry-run   list the commands and their time, estimated from half a minute of measuring; run nothing
+# --jobs N    N training runs at a time, dealt to the GPUs in turn (default: one a GPU; on the CPU 1)
+#
+# A finished step is skipped while its command and its code stay the same; an interrupted run goes on where it was.
+# Environment: DATA_DIR (default data) holds the data sets; DATASETS, SAMPLERS, OBJECTIVES and SEEDS narrow or widen the
+# training runs, TRAIN_FLAGS is added to each; PYTHON makes .venv, or RUN_PYTHON has the packages and is used instead.
 set -euo pipefail
-DATA_DIR=${DATA_DIR:+$(cd "$DATA_DIR" && pwd)}  # as the caller sees it
+fail() { echo "run_all.sh: error: $1" >&2; exit 2; }
+
+if [ -n "${DATA_DIR:-}" ]; then  # as the caller sees it
+  DATA_DIR=$(cd "$DATA_DIR" 2>/dev/null && pwd) || fail "DATA_DIR is no folder; make it, or leave it out for data/"
+fi
 cd "$(dirname "$0")"
 DATA_DIR=${DATA_DIR:-data}
-QUICK="random osgd spectral refined"
-python=.venv/bin/python
+python=${RUN_PYTHON:-.venv/bin/python}
+STEPS=runs/.steps  # a stamp a step: when it finished, its command, a checksum of each file it was made by
 
+# ---------------------------------------------------------------------------------------------- the command line
+full=auto size="" dry="" jobs="" stages=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' run_all.sh; exit ;;
+    --full) full=yes ;;
+    --quick) full="" ;;
+    --own-size) size=own ;;
+    --dry-run) dry=yes ;;
+    --jobs) jobs=${2:-}; case $jobs in "" | 0* | *[!0-9]*) fail "--jobs ${jobs:-without a number}: give a number from 1, as in --jobs 4" ;; esac; shift ;;
+    setup | test | synthetic | train | retrieval | bench | report) stages+=("$1") ;;
+    -*) fail "$1 is no option; options: --full --quick --own-size --dry-run --jobs N --help" ;;
+    *) fail "$1 is no stage; stages: setup test synthetic train retrieval bench report" ;;
+  esac
+  shift
+done
+if [ ${#stages[@]} -eq 0 ]; then stages=(setup synthetic train retrieval bench report); fi
+
+gpus=()  # the names of those that may be used
+if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then gpus=(${CUDA_VISIBLE_DEVICES//,/ })
+elif command -v nvidia-smi >/dev/null; then gpus=($(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || :)); fi
+if [ $full = auto ] && [ ${#gpus[@]} -gt 0 ] && { [ -e "$DATA_DIR/cifar-100-python" ] || compgen -G "$DATA_DIR/tiny-imagenet-200*" >/dev/null; }; then full=yes; fi
+if [ "$full" = yes ]; then
+  DATASETS=${DATASETS:-cifar100 tinyimagenet} SAMPLERS=${SAMPLERS:-random osgd spectral} OBJECTIVES=${OBJECTIVES:-simclr sogclr} quick=""
+else
+  DATASETS=deadleaves SAMPLERS=${SAMPLERS:-random osgd spectral refined} OBJECTIVES=${OBJECTIVES:-simclr} quick=--quick
+fi
+if [ -z "$jobs" ]; then jobs=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1)); fi
+
+# ---------------------------------------------------------------------------------------------- steps
+failed=() pids=() names=() begun=() slots=1 planned=""
+
+stamp() { { echo "$2"; echo "$3"; } >"$STEPS/.$1.tmp"; mv "$STEPS/.$1.tmp" "$STEPS/$1"; }  # stamp NAME STATE KEY
+
+# step NAME OUTPUT FILES COMMAND ...: runs `python COMMAND ...` unless it has made OUTPUT, and neither it nor FILES changed.
+step() {
+  local name=$1 output=$2 files=$3 act=run why key state old folder n word words=()
+  shift 3
+  key=$(echo "python $*"; cksum $files 2>/dev/null || :)
+  state=$(sed -n 1p "$STEPS/$name" 2>/dev/null || :)
+  old=$(sed 1d "$STEPS/$name" 2>/dev/null || :)
+  if [ -z "$state" ]; then why="first time"
+  elif [ "$(sed -n 2p "$STEPS/$name")" != "python $*" ]; then why="its command changed"
+  elif [ "$old" != "$key" ]; then
+    why="$({ diff <(echo "$old") <(echo "$key") || :; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u | paste -sd ' ' -) changed"
+  elif [ "$state" = begun ]; then why="begun and not finished"
+  elif [ ! -e "$output" ]; then why="$output is gone"
+  else act=skip why=$state; fi
+  folder=${output%/*}
+  case $output in runs/*)  # a training run: hours that are gone on with or kept, never lost
+    if [ $act = run ] && [ -e "$folder/checkpoint.pt" ]; then
+      if [ "$old" = "$key" ]; then act=resume; set -- "$@" --resume
+      else
+        n=1; while [ -e "$folder.old-$n" ]; do n=$((n + 1)); done
+        why="$why; the run that was there goes to $folder.old-$n"
+        [ -n "$dry" ] || mv "$folder" "$folder.old-$n"
+      fi
+    fi ;;
+  esac
+  for word; do if [ "$word" = DATA_DIR ]; then word=$DATA_DIR; fi; words+=("$word"); done  # a moved data set is the same step
+  if [ -n "$dry" ]; then planned+=$(printf '%s\t' "$act" "$name" "$why" "${state##* }"; printf '%q ' "${words[@]}")$'\n'; return; fi
+  echo "== $act $name: $why"
+  if [ $act = skip ]; then return; fi
+  mkdir -p "$STEPS"
+  stamp "$name" begun "$key"
+  start "$name" "${words[@]}"
+}
+
+start() {  # start NAME COMMAND ...: in a slot that is free or, after waiting, becomes so
+  local name=$1 slot=0 log=$STEPS/$1.log gpu=""
+  shift
+  while [ -n "${pids[slot]:-}" ]; do
+    if kill -0 "${pids[slot]}" 2>/dev/null; then slot=$(((slot + 1) % slots)); [ $slot -gt 0 ] || sleep 0.3; else reap $slot; fi
+  done
+  if [ ${#gpus[@]} -gt 0 ]; then gpu=${gpus[slot % ${#gpus[@]}]}; fi
+  if [ $slots -gt 1 ]; then echo "   its output: $log"; fi
+  # In the background, so that a signal to this script is acted on at once.
+  ( if [ -n "$gpu" ]; then export CUDA_VISIBLE_DEVICES=$gpu; fi
+    if [ $slots -gt 1 ]; then exec >"$log" 2>&1; fi
+    exec "$python" "$@" ) &
+  pids[slot]=$! names[slot]=$name begun[slot]=$(date +%s)
+  if [ $slots -eq 1 ]; then reap 0; fi
+}
+
+reap() {  # reap SLOT: waits for its command; stamps it finished, or names it failed
+  local code=0 name=${names[$1]}
+  wait "${pids[$1]}" || code=$?
+  pids[$1]=""
+  if [ $code -eq 0 ]; then
+    stamp "$name" "finished $(date +%Y-%m-%dT%H:%M:%S%z) in $(($(date +%s) - begun[$1]))" "$(sed 1d "$STEPS/$name")"
+  elif [ $code -eq 130 ]; then stop 130
+  else
+    failed+=("$name")
+    echo "== FAILED $name (exit code $code)$(if [ -s "$STEPS/$name.log" ]; then echo ": $(tail -n 1 "$STEPS/$name.log")"; fi)" >&2
+  fi
+}
+
+stop() {  # stop CODE: ends what is under way; a training run saves first
+  trap - INT TERM  # a second Ctrl-C ends all at once
+  local pid
+  for pid in ${pids[@]+"${pids[@]}"}; do [ -z "$pid" ] || kill "$pid" 2>/dev/null || :; done
+  wait
+  echo "run_all.sh: interrupted; the same command goes on from here" >&2
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+# ---------------------------------------------------------------------------------------------- stages
 setup() {
   # .venv/complete is written last and holds what was asked for, so that a half-made .venv is never used.
-  if [ -x $python ] && cmp -s requirements.txt .venv/complete; then return; fi
+  if [ -n "${RUN_PYTHON:-}" ] || { [ -x $python ] && cmp -s requirements.txt .venv/complete; }; then echo "== skip setup: the packages are there"; return; fi
+  if [ -n "$dry" ]; then echo "== run setup: .venv is not there yet, so there are no estimates"; return; fi
   local base=${PYTHON:-python3}
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-    { echo "run_all.sh: error: $base is not Python 3.10 or newer; install one, or name it: PYTHON=python3.12 bash run_all.sh" >&2; exit 2; }
+    fail "$base is not Python 3.10 or newer; install one, or name it: PYTHON=python3.12 bash run_all.sh"
   echo "setting up .venv (some minutes the first time)"
   rm -rf .venv
-  "$base" -m venv .venv || { echo "run_all.sh: error: $base cannot make a .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+  "$base" -m venv .venv || fail "$base cannot make a .venv; on Debian and Ubuntu: apt-get install python3-venv"
   # Without a GPU the CPU builds are several GB smaller; only an index that has both of the pair can give them.
   if ! command -v nvidia-smi >/dev/null; then
     $python -m pip install -q "torch==2.14.1+cpu" "torchvision==0.29.1+cpu" 2>/dev/null || { [ $? -ne 130 ] || exit 130; }
@@ -28,50 +157,71 @@ setup() {
   cp requirements.txt .venv/complete
 }
 
-tests() { $python -m pytest -q; }
+tests() { if [ -n "$dry" ]; then echo "== run test"; else "$python" -m pytest -q || failed+=(test); fi; }
 
-run() {  # run NAME FLAG ...: one training run, from its checkpoint if it has one
-  local out=runs/$1; shift
-  local resume=()
-  if [ -e "$out/checkpoint.pt" ]; then resume=(--resume); fi
-  echo "== $out"
-  $python train.py --data-dir "$DATA_DIR" --out-dir "$out" "$@" ${resume[@]+"${resume[@]}"}
-}
-
-train() { for sampler in $QUICK; do run "quick-$sampler" --sampler "$sampler"; done; }
-
-report() {
-  local runs=(); for sampler in $QUICK; do runs+=("runs/quick-$sampler"); done
-  $python retrieval.py "${runs[@]}" --out results/quick.png
-}
-
-data_sets() {  # the paper's data sets that lie in DATA_DIR
-  if [ -e "$DATA_DIR/cifar-100-python" ]; then echo cifar100; fi
-  if compgen -G "$DATA_DIR/tiny-imagenet-200*" >/dev/null; then echo tinyimagenet; fi
-}
-
-paper() {
-  local sets; sets=$(data_sets)
-  for dataset in ${sets:-cifar100 tinyimagenet}; do
-    for objective in simclr sogclr; do
-      for sampler in random osgd spectral refined; do
-        run "$dataset-$sampler-$objective" --dataset "$dataset" --sampler "$sampler" --objective "$objective"
-      done
-      $python retrieval.py runs/"$dataset"-*-"$objective" --out "results/$dataset-$objective.png"
-    done
+synthetic() {
+  local name  # toy first: a picture in the first minute
+  for name in toy optima convergence subsets histograms temperature scaling; do
+    step "synthetic-$name" "results/synthetic/$name.json" "synthetic.py theory.py samplers.py model.py figures.py cli.py" \
+      synthetic.py $quick --experiment "$name" --out results/synthetic
   done
 }
 
-stages=("$@")
-if [ $# -eq 0 ]; then
-  if command -v nvidia-smi >/dev/null && [ -n "$(data_sets)" ]; then stages=(paper); else stages=(train report); fi
-fi
+runs() {  # runs DATASET: a line a training run, its name and its flags
+  local objective sampler seed name
+  for seed in ${SEEDS:-0}; do for objective in $OBJECTIVES; do for sampler in $SAMPLERS; do
+    name=$1-$sampler-$objective
+    if [ -n "$quick" ]; then name=quick-$sampler-$objective name=${name%-simclr}; fi
+    if [ "$seed" != 0 ]; then name+=-seed$seed; fi
+    case $size-$1 in
+      own-cifar100) echo "$name-32px --image-size 32" ;;
+      own-tinyimagenet) echo "$name-64px --image-size 64" ;;
+      *) echo "$name" ;;
+    esac | sed "s/\$/ --dataset $1 --sampler $sampler --objective $objective --seed $seed/"
+  done; done; done
+}
+
+train() {
+  local dataset name flags
+  slots=$jobs
+  # Not retrieval.py, of which train.py uses the metrics: it looks on, and must not cost anybody a night's training.
+  for dataset in $DATASETS; do
+    while read -r name flags; do
+      step "$name" "runs/$name/result.json" "train.py samplers.py model.py lars.py data.py augment.py deadleaves.py cli.py" \
+        train.py $flags ${TRAIN_FLAGS:-} --data-dir DATA_DIR --out-dir "runs/$name" </dev/null
+    done < <(runs "$dataset")
+  done
+  while [ $slots -gt 1 ]; do slots=$((slots - 1)); if [ -n "${pids[slots]:-}" ]; then reap $slots; fi; done
+  if [ -n "${pids[0]:-}" ]; then reap 0; fi
+}
+
+retrieval() {
+  local dataset name flags there files corruptions
+  for dataset in $DATASETS; do
+    there=() files="" corruptions=built-in
+    case $dataset in cifar100) flags=CIFAR-100-C ;; *) flags=Tiny-ImageNet-C ;; esac
+    if [ -d "$DATA_DIR/$flags" ] && [ $dataset != deadleaves ]; then corruptions=official; fi
+    while read -r name flags; do
+      if [ -e "runs/$name/result.json" ] || [ -n "$dry" ]; then there+=("runs/$name") files+=" runs/$name/result.json"; fi
+    done < <(runs "$dataset")
+    if [ ${#there[@]} -eq 0 ]; then
+      failed+=("retrieval-$dataset"); echo "== FAILED retrieval-$dataset: no run has finished; first: bash run_all.sh train" >&2; continue
+    fi
+    name=results; if [ -z "$quick" ]; then name=results/$dataset; fi
+    step "retrieval-$dataset" "$name/retrieval.json" "retrieval.py compare.py corruptions.py probe.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
+      retrieval.py "${there[@]}" --curve --recalibrate --corruptions $corruptions --data-dir DATA_DIR --out "$name"
+  done
+}
+
+bench() { step bench results/samplers.json "bench.py samplers.py rivals.py cli.py" bench.py samplers --out results/samplers.json; }
+
+report() { if [ -n "$dry" ]; then step report results/report.html report.py report.py; else "$python" report.py || failed+=(report); fi; }
+
+setup
 for stage in "${stages[@]}"; do
-  case $stage in
-    setup) setup ;;
-    test) setup; tests ;;
-    train | report | paper) setup; $stage ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' run_all.sh ;;
-    *) echo "run_all.sh: error: $stage is no stage; stages: setup test train report paper" >&2; exit 2 ;;
-  esac
+  case $stage in setup) ;; test) tests ;; *) $stage ;; esac
 done
+if [ -n "$planned" ]; then
+  if [ -x "$(command -v "$python")" ]; then "$python" bench.py plan --jobs "$jobs" <<<"$planned"; else cut -f1-3,5 <<<"$planned"; fi
+fi
+if [ ${#failed[@]} -gt 0 ]; then echo "run_all.sh: failed: ${failed[*]}; the others are done" >&2; exit 1; fi

@@ -3,6 +3,7 @@
 test_reference.npz holds inputs and expected values, computed independently in float64; its keys' prefixes name them.
 """
 import copy
+import fcntl
 import json
 import math
 import multiprocessing
@@ -385,6 +386,15 @@ def refusal(capsys, *argv):
     out, err = capsys.readouterr()
     assert err.startswith("train.py: error: ") and err.count("\n") == 1, err
     return err
+
+
+def test_two_processes_in_one_folder(tmp_path, capsys):
+    with open(tmp_path / ".lock", "w") as held:  # as an orphan of a killed script would
+        fcntl.flock(held, fcntl.LOCK_EX)
+        argv = ["--data-dir", str(tmp_path), "--out-dir", str(tmp_path), "--limit", "64", "--sampler", "random", "--max-steps", "1"]
+        assert train.main(argv) == 2
+        assert "another process is training in" in capsys.readouterr().err
+    assert train.main(argv) == 0
 
 
 def test_checkpoint_troubles(leaves, tmp_path, capsys):

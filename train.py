@@ -11,6 +11,7 @@ TensorBoard's events. Ctrl-C saves; the same command with --resume goes on bit f
 """
 import contextlib
 import errno
+import fcntl
 import functools
 import io
 import json
@@ -279,6 +280,12 @@ def train(knobs: dict) -> None:
         record["resumed"].append({"step": state["step"], **provenance(device)})
     try:
         run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")  # held until this process ends, however it ends
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Stop(f"another process is training in {run}: let it end, or end it; or give another --out-dir") from None
         (run / "result.json").unlink(missing_ok=True)  # of a run that is now extended
     except OSError as error:
         raise Stop(f"--out-dir {run}: {error.strerror}; give another folder") from None

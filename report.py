@@ -1,0 +1,288 @@
+"""One page of what was found: results/report.html, a single file, and results/report.md with the same.
+
+    python report.py [--results results] [--runs runs]
+
+Every number is read from the files that the other scripts wrote; what is missing is named with the command that makes it.
+"""
+import argparse
+import base64
+import html
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from cli import Stop, write_atomically
+
+EXPERIMENTS = {  # of synthetic.py, and the statement of the paper that each puts to the test
+    "toy": "Four samples in the plane: high-loss batches need far fewer steps than random ones, the fewer the closer to the optimum.",
+    "optima": "The full batch, and all N choose B batches together, end at the simplex ETF (d ≥ N−1) or the cross-polytope (d = N/2).",
+    "convergence": "Training on high-loss batches comes near the optimum in fewer steps than SGD.",
+    "subsets": "A strict subset of the batches does not have the full batch's optimum.",
+    "histograms": "Spectral clustering finds batches of higher loss than shuffling does.",
+    "temperature": "The theory is at temperature 1: does the lead of chosen batches last below it? (Not in the paper.)",
+    "scaling": "How does the lead of chosen batches grow with the number of samples? (Not in the paper.)",
+}
+VERDICTS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "not settled": "? not settled"}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; } h3 { margin-top: 2rem; }
+img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
+th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { background: #f4f4f4; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.long { min-width: 11rem; white-space: normal; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.holds { color: #00684a; } .contradicted { color: #a33b00; font-weight: 600; }
+summary { cursor: pointer; }
+"""
+
+
+# ------------------------------------------------------------------------------------------------- a page, written twice
+def as_html(blocks: list[tuple], folder: Path) -> str:
+    """The page as one file: blocks are (kind, ...) as made by the functions below; figures lie in `folder`."""
+    body = []
+    for kind, *rest in blocks:
+        if kind == "figure":
+            image, caption = base64.b64encode((folder / rest[0]).read_bytes()).decode(), html.escape(rest[1])
+            body.append(f'<figure><img src="data:image/png;base64,{image}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+        elif kind == "table":
+            head, rows, fold = rest
+            lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
+            table = (f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(x)}</th>" for x in head)}</tr></thead>\n'
+                     f"<tbody>{lines}</tbody></table></div>")
+            body.append(f"<details><summary>{html.escape(fold)}</summary>{table}</details>" if fold else table)
+        else:
+            body.append(f"<{kind}>{html.escape(rest[0])}</{kind}>")
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+            f'initial-scale=1"><title>{html.escape(blocks[0][1])}</title><style>{STYLE}</style></head>\n<body>\n'
+            + "\n".join(body) + "\n</body></html>\n")
+
+
+def cell(text: str) -> str:
+    kind = {VERDICTS["holds"]: "holds", VERDICTS["does not hold"]: "contradicted"}.get(text)
+    figures = r"[-−–]?([\d,.]+(e[-+]?\d+)?|∞)?"
+    kind = kind or ("number" if re.fullmatch(rf"{figures}( %| s| min| h| to {figures})?", text) else "long" if len(text) > 24 else "")
+    return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
+
+
+def as_markdown(blocks: list[tuple]) -> str:
+    """The same page as Markdown, its figures as links relative to it."""
+    plain = lambda text: re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+    body = []
+    for kind, *rest in blocks:
+        if kind == "pre":
+            body.append(f"```\n{rest[0]}\n```")
+        elif kind == "figure":
+            body.append(f"![{plain(rest[1])}](<{rest[0]}>)")
+        elif kind != "table":  # a heading or a paragraph
+            body.append("#" * int(kind.strip("hp") or 0) + " " * (kind != "p") + plain(rest[0]))
+        else:
+            head, rows, fold = rest
+            body.append("\n".join([f"{plain(fold)}:\n"] * bool(fold) + [f"| {' | '.join(map(plain, row))} |" for row in
+                                                                      (head, ["---"] * len(head), *rows)]).replace("\\-", "-"))
+    return "\n\n".join(body) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------- numbers in words
+def number(x: float | None) -> str:
+    """Three digits; None, which stands for what is not finite, as a dash."""
+    return "–" if x is None or not math.isfinite(x) else f"{x:.0f}" if 1000 <= abs(x) < 1e6 else f"{x:.3g}"
+
+
+def span(interval) -> str:
+    low, high = interval
+    return f"{'−∞' if low is None else number(low)} to {'∞' if high is None else number(high)}"
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+# ------------------------------------------------------------------------------------------------- what the files say
+def read(path: Path, wanted: list[str], missing: list, command: str) -> dict | None:
+    """The JSON of a file that has the keys `wanted`; otherwise None, and a line in `missing`."""
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not set(wanted) <= set(record):
+            raise ValueError
+        return record
+    except FileNotFoundError:
+        missing.append((str(path), "not there", command))
+    except (OSError, ValueError):
+        missing.append((str(path), "cannot be read", command))
+    return None
+
+
+def claim_rows(claims: list[dict]) -> list[list[str]]:
+    return [[c["claim"], number(c["measured"]), span(c["interval"]), c["form"],
+             VERDICTS.get(c["verdict"], c["verdict"])] for c in claims]
+
+
+CLAIM = ["claim", "measured", "95 % interval", "expected", "verdict"]
+
+
+def tally(claims: list[dict]) -> str:
+    return f"{len(claims)} claims: " + ", ".join(f"{sum(c['verdict'] == v for c in claims)} {plural}" for v, plural in
+                                                zip(VERDICTS, ("hold", "do not hold", "not settled")))
+
+
+def build(results: Path, runs_folder: Path) -> list[tuple]:
+    """The page's blocks, from what lies in the two folders."""
+    missing, sources, claims, body = [], [], {}, []
+    def source(what: str, record: dict) -> None:
+        sources.append([what, record.get("time", "–")[:16].replace("T", " "), re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", record.get("commit", "–")),
+                        record.get("device", "–"), record.get("versions", {}).get("torch", "–"), record.get("command", "–")])
+
+    def figure(path: Path, caption: str, made_by: str) -> None:
+        missing.append((str(path), "not there", made_by)) if not path.exists() else body.append(
+            ("figure", os.path.relpath(path, results), caption))
+
+    # theory
+    body.append(("h2", "The theory, on free embeddings"))
+    for name, statement in EXPERIMENTS.items():
+        made_by = f"python synthetic.py --experiment {name} --out {results}/synthetic"
+        record = read(results / f"synthetic/{name}.json", ["claims", "command"], missing, made_by)
+        if record:
+            source(f"synthetic {name}", record)
+            claims[name] = record["claims"]
+            body += [("h3", name.capitalize()), ("p", statement)]
+            figure(results / f"synthetic/{name}.png", f"{name}: {tally(record['claims'])}", made_by)
+            body.append(("table", CLAIM, claim_rows(record["claims"]), tally(record["claims"])))
+            body.append(("pre", record["command"]))
+
+    # training
+    runs = {}
+    for folder in sorted(path for path in runs_folder.glob("*") if (path / "config.json").exists() and ".old-" not in path.name):
+        record = read(folder / "result.json", ["R1", "R5", "loss", "knobs", "seconds_training", "seconds_selecting", "command"], missing,
+                      "bash run_all.sh train (goes on with it)")
+        if record:
+            runs[folder.name] = record
+            source(f"run {folder.name}", record)
+    body.append(("h2", "Training on chosen batches"))
+    if not runs:
+        missing.append((f"{runs_folder}/*/result.json", "no finished run", "bash run_all.sh train"))
+    else:
+        body.append(("p", "R@1 and R@5 are those of finding an image's second view among all validation images that a run looks at. The loss is "
+                     "that of the batches trained on, so it does not compare samplers."))
+        body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"],
+                     [[name, f"{100 * r['R1']:.1f} %", f"{100 * r['R5']:.1f} %", number(r["loss"]), f"{r['step']:,}", clock(r["seconds_training"]),
+                       clock(r["seconds_selecting"]), f"{r['validation_images']:,}"] for name, r in runs.items()], ""))
+    evaluated = sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")])
+    if not evaluated:
+        missing.append((f"{results}/retrieval.json", "not there", "bash run_all.sh retrieval"))
+    for path in evaluated:
+        record = read(path, ["baseline", "command"], missing, "bash run_all.sh retrieval")
+        if record:
+            where = "generated images" if path.parent == results else path.parent.name
+            source(f"retrieval, {where}", record)
+            for picture in ["curve"] * ("cost" in record) + ["neighbours"]:
+                figure(path.parent / f"{picture}.png", f"{where}: {picture}", "bash run_all.sh retrieval")
+            retrieval(record, where, body, claims)
+
+    # samplers
+    body.append(("h2", "The samplers"))
+    record = read(results / "samplers.json", ["samplers", "growth", "command"], missing, f"python bench.py samplers --out {results}/samplers.json")
+    if record:
+        source("samplers", record)
+        body.append(("p", f"Windows of k = {record['k']} batches of {record['batch_size']}, temperature {record['temperature']}, embeddings: "
+                     f"{record['embeddings']}. Excess: mean batch loss over that of random batches; relative: to that of the paper's released method."))
+        body.append(("table", ["embeddings", "sampler", "mean loss", "excess", "relative", "ms a window", "of one eigh", "MB"],
+                     [[r["embeddings"], r["sampler"], *(number(r[x]) for x in ("loss", "excess", "relative", "ms", "of_eigh", "MB"))]
+                      for r in record["samplers"]], ""))
+        body.append(("p", "All pairs as one window, refined:"))
+        body.append(("table", ["pairs", "loss, random", "windows of k", "all", "seconds", "µs a pair", "MB"],
+                     [[f"{r['pairs']:,}", *(number(r[x]) for x in ("random", "windows", "all", "seconds", "us_a_pair", "MB"))]
+                      for r in record["growth"]], ""))
+        body.append(("pre", record["command"]))
+
+    # costs
+    body.append(("h2", "Costs"))
+    stages = {}
+    for stamp in sorted((runs_folder / ".steps").glob("[!.]*")):
+        lines = stamp.read_text(errors="replace").splitlines() if not stamp.name.endswith(".log") else []
+        found = re.fullmatch(r"finished (\S+) in (\d+)", lines[0]) if len(lines) > 1 else None
+        if found:
+            script = lines[1].split()[1].removesuffix(".py")
+            stages.setdefault(script, []).append((stamp.name, found[1], int(found[2])))
+    if stages:
+        body.append(("p", "Seconds that a step took when it last ran to its end; of an interrupted run, from where it went on."))
+        rows = [[stage, name, when[:16].replace("T", " "), clock(s)] for stage, steps in stages.items() for name, when, s in steps]
+        stages["all"] = sum(stages.values(), [])
+        body.append(("table", ["stage", "steps", "took"], [[stage, str(len(x)), clock(sum(s for *_, s in x))] for stage, x in stages.items()], ""))
+        body.append(("table", ["stage", "step", "finished", "took"], rows, "each step"))
+    else:
+        missing.append((f"{runs_folder}/.steps", "no finished step", "bash run_all.sh"))
+
+    # the first screen, last, as it sums up the rest
+    found = [(name, c) for name, x in claims.items() for c in x]
+    contrary, open_ = ([[f"{name}: {c['claim']}", *claim_rows([c])[0][1:-1]] for name, c in found if c["verdict"] == verdict]
+                       for verdict in ("does not hold", "not settled"))
+    lead = [("h1", "Mini-batches worth training on: what was found"),
+            ("p", f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} by report.py from {len(sources)} result files. "
+                  + (tally([c for _, c in found]) + "." if found else "No claim has been put to the test yet.")),
+            ("table", ["put to the test", *VERDICTS], [[name, *(str(sum(c["verdict"] == v for c in x)) for v in VERDICTS)]
+                                                     for name, x in claims.items()], ""),
+            ("h2", "What contradicts the paper"),
+            ("p", "Claims, the paper's and what follows from it, of which the measured interval lies outside of what they allow." if contrary
+             else "No claim was found not to hold.")]
+    lead += [("table", CLAIM[:-1], rows, fold) for rows, fold in
+             ((contrary, ""), (open_, f"Not settled: {len(open_)} claims whose interval lies on both sides, or that rest on one seed")) if rows]
+    if missing:
+        lead += [("h2", "What is missing"), ("table", ["file", "", "made by"], [list(row) for row in missing], "")]
+    body += [("h2", "What was run"), ("table", ["what", "when", "commit", "device", "torch", "command"], sources, "")]
+    return lead + body
+
+
+def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
+    """What retrieval.py found: a table a task, and for each group but the baseline the claim that it is better.
+
+    Other seeds can turn what one seed found, so an interval over images alone settles nothing.
+    """
+    tasks = {title: rows for title, rows in record.items() if isinstance(rows, list) and rows and "difference" in rows[0]}
+    for title, rows in tasks.items():
+        scores = [name for name in rows[0] if f"{name}_interval" in rows[0] and name != "difference"]
+        show = lambda row, name: "" if row[name] is None else f"{100 * row[name]:.1f} [{span([100 * x for x in row[f'{name}_interval']])}]"
+        body += [("h3", f"{where}: {title}"), ("p", f"In percent, with 95 % intervals over {rows[0]['interval_over']}; {rows[0]['images']:,} images; "
+                                               f"difference: to {record['baseline']}."),
+                 ("table", ["", "seeds", *scores, "difference", "training", "selecting"],
+                  [[row["group"], str(row["seeds"]), *(show(row, name) for name in [*scores, "difference"]), clock(row["seconds_training"]),
+                    clock(row["seconds_selecting"])] for row in rows], "")]
+        claims.setdefault(f"retrieval, {where}", []).extend({
+            "claim": f"{title}: {row['group']} finds more partners first than {record['baseline']} at equal steps",
+            "measured": 100 * row["difference"], "interval": [100 * x for x in row["difference_interval"]],
+            "form": f"points > 0; interval over {row['difference_over']}; seeds: {row['seeds']}",
+            "verdict": {"better": "holds", "worse": "does not hold"}.get(row["verdict"], "not settled")
+            if "seeds" in row["difference_over"] else "not settled"} for row in rows if row["difference"] is not None)
+    if record.get("cost"):
+        body += [("p", f"Cost to reach the R@1 of {record['baseline']}, along training, and its ratio to {record['baseline']}'s:"),
+                 ("table", ["", "target, %", "steps", "ratio", "seconds", "ratio"],
+                  [[row["group"], f"{100 * row['target']:.1f}", *(x if (x := number(row[name])) != "–" else "not reached" for name in
+                                                                   ("steps", "steps_ratio", "seconds", "seconds_ratio"))]
+                   for row in record["cost"]], "")]
+    if tasks:
+        body.append(("table", CLAIM, claim_rows(claims[f"retrieval, {where}"]), tally(claims[f"retrieval, {where}"])))
+    body.append(("pre", record["command"]))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results, and of the report (default: results)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    words = parser.parse_args(argv)
+    try:
+        words.results.mkdir(parents=True, exist_ok=True)
+        blocks = build(words.results, words.runs)
+        write_atomically(words.results / "report.html", as_html(blocks, words.results).encode())
+        write_atomically(words.results / "report.md", as_markdown(blocks).encode())
+    except (Stop, OSError) as error:
+        print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    print(words.results / "report.html", words.results / "report.md", sep=", ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,252 @@
+"""Tests of run_all.sh on a stand-in for Python that notes what it was asked to do.  Run: pytest test_run_all.py"""
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CODE = [path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")] + ["synthetic.py", "report.py"]
+# Writes what the real commands would. A file fail-WORD lets the commands fail that hold the word, hang-WORD lets them hang
+# once their checkpoint is written.
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >>calls
+echo "${CUDA_VISIBLE_DEVICES-none} $(date +%s%N)" >>devices
+all=$* out="" name=""
+while [ $# -gt 0 ]; do
+  case $1 in --out | --out-dir) out=$2 ;; --experiment) name=$2 ;; esac
+  shift
+done
+case $all in
+  *plan*) cat; exit ;;
+  train.py*) mkdir -p "$out"; touch "$out/checkpoint.pt" ;;
+esac
+for word in hang-* fail-*; do
+  case $word-$all in
+    hang-\\**) ;;
+    hang-*"${word#hang-}"*"${word#hang-}"*) exec sleep 30 ;;
+    fail-*"${word#fail-}"*"${word#fail-}"*) echo "it broke"; exit 1 ;;
+  esac
+done
+case $all in
+  train.py*) sleep ${STEP_SECONDS:-0}; date +%s%N >"$out/result.json" ;;
+  synthetic.py*) mkdir -p "$out"; touch "$out/$name.json" ;;
+  retrieval.py*) mkdir -p "$out"; touch "$out/retrieval.json" ;;
+  bench.py*) mkdir -p results; touch "$out" ;;
+esac
+"""
+RUNS = ["quick-random", "quick-osgd", "quick-spectral", "quick-refined"]
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A copy of the script beside files of code that are only names."""
+    for name in CODE:
+        (tmp_path / name).write_text(f"# {name}\n")
+    shutil.copy(HERE / "run_all.sh", tmp_path)
+    (tmp_path / "fake").write_text(PYTHON)
+    (tmp_path / "fake").chmod(0o755)
+    return tmp_path
+
+
+def command(*words):
+    return ["bash", "run_all.sh", *words]
+
+
+def environment(**more):
+    kept = {name: value for name, value in os.environ.items() if name not in
+            ("DATA_DIR", "DATASETS", "SAMPLERS", "OBJECTIVES", "SEEDS", "TRAIN_FLAGS", "PYTHON")}
+    return kept | {"RUN_PYTHON": "./fake", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def run(repo, *words, **more):
+    """Exit code, lines printed for steps (act, name, reason), stderr; and what was asked of Python."""
+    (repo / "calls").write_text("")
+    done = subprocess.run(command(*words), cwd=repo, capture_output=True, text=True, timeout=60, env=environment(**more))
+    lines = [line[3:].split(" ", 1) for line in done.stdout.splitlines() if line.startswith("== ")]
+    steps = {rest.split(": ")[0]: (act, rest.split(": ", 1)[1]) for act, rest in lines if ": " in rest}
+    return done.returncode, steps, done.stderr, (repo / "calls").read_text().splitlines()
+
+
+def test_all_of_it_and_then_nothing(repo):
+    code, steps, _, calls = run(repo)
+    assert code == 0
+    assert calls[0] == "synthetic.py --quick --experiment toy --out results/synthetic"  # the first picture
+    assert [call.split()[0] for call in calls] == ["synthetic.py"] * 7 + ["train.py"] * 4 + ["retrieval.py", "bench.py", "report.py"]
+    assert {name for name in steps if name.startswith("quick")} == set(RUNS)
+    assert all(why == "first time" and act == "run" for name, (act, why) in steps.items() if name != "setup")
+    code, steps, _, calls = run(repo)
+    assert code == 0 and calls == ["report.py"]
+    assert all(act == "skip" for act, _ in steps.values()) and steps["quick-osgd"][1].startswith("finished 2")
+
+
+def test_changed_code_is_named_and_old_runs_are_kept(repo):
+    run(repo)
+    before = (repo / "runs/quick-random/result.json").read_text()
+    (repo / "lars.py").write_text("other\n")
+    code, steps, _, calls = run(repo)
+    assert code == 0
+    assert steps["quick-random"] == ("run", "lars.py changed; the run that was there goes to runs/quick-random.old-1")
+    assert (repo / "runs/quick-random.old-1/result.json").read_text() == before
+    assert steps["synthetic-toy"][0] == steps["bench"][0] == "skip"  # they know nothing of lars.py
+    assert steps["retrieval-deadleaves"][1].startswith("runs/quick-osgd/result.json runs/quick-random/result.json")
+    assert not any("--resume" in call for call in calls)
+    (repo / "cli.py").write_text("other\n")
+    (repo / "samplers.py").write_text("other\n")
+    _, steps, _, _ = run(repo, "synthetic", "train")
+    assert steps["synthetic-toy"] == ("run", "cli.py samplers.py changed")
+    assert steps["quick-random"][1].endswith("runs/quick-random.old-2")
+
+
+def test_changed_command_and_lost_output(repo):
+    run(repo)
+    _, steps, _, calls = run(repo, "train", TRAIN_FLAGS="--epochs 3")
+    assert steps["quick-osgd"][1].startswith("its command changed; ") and "--epochs 3" in calls[0]
+    run(repo, "train")
+    (repo / "results/synthetic/toy.json").unlink()
+    _, steps, _, calls = run(repo, "synthetic")
+    assert steps["synthetic-toy"] == ("run", "results/synthetic/toy.json is gone") and len(calls) == 1
+    (repo / "moved data").mkdir()  # where the data lie is no setting of a run
+    _, steps, _, calls = run(repo, "train", DATA_DIR="moved data")
+    assert not calls and steps["quick-osgd"][0] == "skip"
+
+
+def test_a_run_made_by_hand_is_kept(repo):
+    (repo / "runs/quick-osgd").mkdir(parents=True)
+    (repo / "runs/quick-osgd/checkpoint.pt").write_text("hours")
+    _, steps, _, _ = run(repo, "train")
+    assert steps["quick-osgd"][1] == "first time; the run that was there goes to runs/quick-osgd.old-1"
+    assert (repo / "runs/quick-osgd.old-1/checkpoint.pt").read_text() == "hours"
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_failing_run_is_named_and_the_others_go_on(repo, jobs):
+    (repo / "fail-osgd").touch()
+    code, _, error, calls = run(repo, "--jobs", jobs)
+    assert code == 1
+    assert "FAILED quick-osgd (exit code 1)" in error and "failed: quick-osgd; the others are done" in error
+    assert ("it broke" in error) == (jobs == "2")  # else its output was seen
+    assert calls[-1] == "report.py"
+    retrieval = next(call for call in calls if call.startswith("retrieval.py"))
+    assert "runs/quick-osgd" not in retrieval and "runs/quick-refined" in retrieval
+    (repo / "fail-osgd").unlink()
+    code, steps, _, calls = run(repo)
+    assert code == 0 and steps["quick-osgd"] == ("resume", "begun and not finished") and calls[0].endswith("--resume")
+    assert steps["retrieval-deadleaves"] == ("run", "its command changed")
+
+
+def test_tests_that_fail(repo):
+    (repo / "fail-pytest").touch()
+    code, _, error, calls = run(repo, "test")
+    assert code == 1 and calls == ["-m pytest -q"] and "failed: test" in error
+
+
+def test_retrieval_without_runs(repo):
+    code, _, error, calls = run(repo, "retrieval")
+    assert code == 1 and not calls and "bash run_all.sh train" in error
+
+
+@pytest.mark.parametrize("where, kind, code, jobs", [
+    *((where, signal.SIGINT, 130, "1") for where in ("histograms", "quick-osgd", "retrieval", "bench")),
+    ("quick-osgd", signal.SIGINT, 130, "2"), ("quick-osgd", signal.SIGTERM, 143, "1"), ("quick-osgd", signal.SIGKILL, -9, "1")])
+def test_interrupted_and_gone_on_with(repo, where, kind, code, jobs):
+    (repo / f"hang-{where}").touch()
+    (repo / "calls").write_text("")
+    with subprocess.Popen(command("--jobs", jobs), cwd=repo, env=environment(), start_new_session=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:
+        until = time.time() + 20
+        while where not in (repo / "calls").read_text() or jobs == "2" and "refined" not in (repo / "calls").read_text():
+            assert time.time() < until
+            time.sleep(0.02)
+        time.sleep(0.1)
+        sent = time.time()
+        os.killpg(process.pid, kind)  # as the terminal does
+        output = process.communicate()[0]
+        assert process.returncode == code and time.time() - sent < 5
+        assert kind == signal.SIGKILL or "the same command goes on from here" in output
+    if kind != signal.SIGKILL:
+        with pytest.raises(ProcessLookupError):  # nothing is left behind
+            os.killpg(process.pid, 0)
+    assert "report.py" not in (repo / "calls").read_text()
+    (repo / f"hang-{where}").unlink()
+    code, steps, _, calls = run(repo)
+    name = {"histograms": "synthetic-histograms", "retrieval": "retrieval-deadleaves"}.get(where, where)
+    assert code == 0
+    assert steps[name] == ("resume" if where == "quick-osgd" else "run", "begun and not finished")
+    assert steps["synthetic-toy"][0] == "skip"
+
+
+def test_dry_run_runs_nothing(repo):
+    (repo / "fake").write_text(PYTHON.replace("cat; exit", "cat >plan; exit"))
+    before = {path for path in repo.rglob("*")}
+    code, _, _, calls = run(repo, "--dry-run")
+    assert code == 0 and calls == ["bench.py plan --jobs 1"]
+    assert {path for path in repo.rglob("*")} - before == {repo / "calls", repo / "plan", repo / "devices"}
+    lines = [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line]
+    assert len(lines) == 14 and {line[0] for line in lines} == {"run"}
+    assert lines[8][1] == "quick-osgd" and lines[8][4].startswith("train.py --dataset deadleaves --sampler osgd")
+    run(repo, "train")
+    (repo / "model.py").write_text("other\n")
+    run(repo, "--dry-run", "train")
+    lines = [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line]
+    assert lines[0][2].startswith("model.py changed; ") and lines[0][3] == "0"  # seconds of the last time
+    assert (repo / "runs/quick-osgd/result.json").exists()
+
+
+def test_full_plan(repo):
+    (repo / "fake").write_text(PYTHON.replace("cat; exit", "cat >plan; exit"))
+    (repo / "data/CIFAR-100-C").mkdir(parents=True)
+    run(repo, "--dry-run", "--full", "train", "retrieval")
+    lines = [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line]
+    assert [line[1] for line in lines[:12]] == [f"{d}-{s}-{o}" for d in ("cifar100", "tinyimagenet") for o in ("simclr", "sogclr")
+                                               for s in ("random", "osgd", "spectral")]
+    assert "--corruptions official" in lines[12][4] and "--out results/cifar100" in lines[12][4]
+    assert "--corruptions built-in" in lines[13][4]
+    run(repo, "--dry-run", "--full", "--own-size", "train", SAMPLERS="refined", SEEDS="0 1", OBJECTIVES="simclr")
+    lines = [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line]
+    assert [line[1] for line in lines] == [f"{d}-refined-simclr{s}{p}" for d, p in (("cifar100", "-32px"), ("tinyimagenet", "-64px"))
+                                           for s in ("", "-seed1")]
+    assert "--image-size 64 " in lines[3][4] and "--seed 1" in lines[3][4]
+
+
+def test_full_is_the_default_with_a_gpu_and_data(repo):
+    (repo / "data").mkdir()
+    assert len(run(repo, "train", CUDA_VISIBLE_DEVICES="0")[3]) == 4
+    (repo / "data/tiny-imagenet-200-half.zip").touch()
+    assert len(run(repo, "train", CUDA_VISIBLE_DEVICES="0")[3]) == 12
+    assert not run(repo, "train", "--quick", CUDA_VISIBLE_DEVICES="0")[3]
+
+
+def test_jobs_are_dealt_to_the_gpus(repo):
+    started = time.time()
+    code, _, _, calls = run(repo, "train", CUDA_VISIBLE_DEVICES="3,5", STEP_SECONDS="1")
+    devices, times = zip(*(line.split() for line in (repo / "devices").read_text().splitlines()))
+    assert code == 0 and len(calls) == 4
+    assert sorted(devices) == ["3", "3", "5", "5"]
+    assert int(times[1]) - int(times[0]) < 1e9 and time.time() - started < 4  # two at a time
+    assert (repo / "runs/.steps/quick-random.log").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["trian"], "trian is no stage; stages: setup test synthetic train retrieval bench report"),
+    (["train", "--fast"], "--fast is no option; options: --full"), (["--jobs", "0"], "--jobs 0: give a number"),
+    (["--jobs"], "--jobs without a number: give"), (["--jobs", "two"], "--jobs two: give a number")])
+def test_wrong_usage(repo, words, said):
+    code, _, error, calls = run(repo, *words)
+    assert code == 2 and not calls and said in error and error.count("\n") == 1 and not (repo / "runs").exists()
+
+
+def test_wrong_data_dir(repo):
+    code, _, error, calls = run(repo, DATA_DIR="nowhere")
+    assert code == 2 and not calls and error == "run_all.sh: error: DATA_DIR is no folder; make it, or leave it out for data/\n"
+
+
+def test_help_names_every_stage_and_option(repo):
+    done = subprocess.run(command("--help"), cwd=repo, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0
+    for word in ("setup", "test", "synthetic", "train", "retrieval", "bench", "report", "--full", "--quick", "--dry-run", "--jobs N", "DATA_DIR"):
+        assert word in done.stdout
+    assert not (repo / "calls").exists()
