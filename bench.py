@@ -3,6 +3,7 @@
     python bench.py samplers [--embeddings FILE.npz]     all samplers and rivals: hardness, time, memory; growth with n
     python bench.py augment                              against torchvision's transforms, image by image
     python bench.py step [--image-size 224]              a training step against bare forward + backward
+    python bench.py synthetic                            runs of theory.py at once, against a loop with autograd
     python bench.py data                                 decoding JPEGs into the cache, and the second start
     bash run_all.sh --dry-run                            the time and memory of everything (bench.py plan)
 
@@ -27,16 +28,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import rivals
+import theory
 import train
 from augment import MEAN, STD, augment
 from cli import Stop, provenance, write_atomically
 from deadleaves import deadleaves
 from lars import LARS
-from model import ContrastiveModel, nt_xent
-from samplers import batch_losses, osgd_batches, random_batches, spectral_batches
+from model import ContrastiveModel, infonce, nt_xent
+from samplers import all_batches, batch_losses, osgd_batches, random_batches, spectral_batches
 
 
 def seconds(*functions: Callable[[], object], rounds: int = 5) -> list[float]:
@@ -199,6 +202,30 @@ def bench_step(size: int = 32) -> None:
     print(f"{'step of train.py':<20}{1000 * step:>8.1f} ms   ratio {step / forward_backward:.2f}")
 
 
+def bench_synthetic(runs: int = 32, steps: int = 50) -> None:
+    """Seed-steps/s of theory.py's steps on all 28 batches of N = 8, B = 2 against a loop over runs and batches with autograd."""
+    batches = all_batches(8, 2)
+    threads = torch.get_num_threads()
+
+    def loop() -> None:  # one run, one step
+        u, v = (x[0].requires_grad_() for x in theory.start(1, 8, 16, 0))
+        loss = sum(infonce(u[rows], v[rows]) for rows in batches) / len(batches)
+        for x, gradient in zip((u, v), torch.autograd.grad(loss, (u, v))):
+            F.normalize(x.detach() - 0.5 * gradient, dim=1)
+
+    def batched() -> None:
+        u, v = theory.start(runs, 8, 16, 0)
+        for _ in range(steps):
+            theory.descend(u, v, batches, 0.5)
+    torch.set_num_threads(1)  # as synthetic.py does
+    one, many = seconds(loop, batched, rounds=9)
+    torch.set_num_threads(threads)
+    one, many = 1 / one, runs * steps / many
+    print("N = 8, B = 2, d = 16, all 28 batches a step, float64, one thread")
+    print(f"{'loop with autograd':<30}{one:>12,.0f} seed-steps/s")
+    print(f"{f'theory.py, {runs} runs at once':<30}{many:>12,.0f} seed-steps/s   ratio {many / one:.0f}")
+
+
 def bench_data(count: int = 20_000) -> None:
     """Images/s from a zip of 64 px JPEGs in Tiny ImageNet's layout into the cache, and seconds of the next start."""
     from PIL import Image
@@ -349,7 +376,7 @@ def bench_plan(jobs: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("samplers", "augment", "step", "data", "plan"))
+    parser.add_argument("what", choices=("samplers", "augment", "step", "synthetic", "data", "plan"))
     parser.add_argument("--embeddings", metavar="FILE.npz", help="samplers: real embeddings (default: made up)")
     parser.add_argument("--pairs", metavar="N", type=int, nargs="+", default=[10_000, 40_000],
                         help="samplers: sizes at which growth is measured (default: 10000 40000; 1000000 takes minutes)")
