@@ -78,12 +78,13 @@ def optima(knobs: dict):
             (cross_polytope_loss(n), cross_polytope(torch.arange(n).roll(n // 2)).double())
         for method, axis in zip(methods, line[1:]):
             u, v = start(runs, n, d, knobs["seed"], **kind)
-            # Without noise all it takes is time; the 1,820 batches of N = 16, B = 4 take too much of it.
-            own_steps = 5 * steps if method == "full" or method == "ncb" and math.comb(n, b) < 200 else steps
-            relative = (train(method, u, v, b, own_steps, knobs["lr"], generator, every=own_steps, matching=matching)[:, -1].cpu()
+            # Without noise all it takes is time. All batches together pull a pair (B-1)/(N-1) times as hard as the full batch does.
+            own_steps = steps * {"full": 5, "ncb": 3}.get(method, 1)
+            lr = knobs["lr"] * (n - 1) / (b - 1) if method == "ncb" else knobs["lr"]
+            relative = (train(method, u, v, b, own_steps, lr, generator, every=own_steps, matching=matching)[:, -1].cpu()
                         / target.norm()).numpy()
             loss = infonce(u, v).cpu().numpy()
-            numbers.append({"n": n, "batch_size": b, "d": d, "method": method, "steps": own_steps, "relative_distance": relative.tolist(),
+            numbers.append({"n": n, "batch_size": b, "d": d, "method": method, "steps": own_steps, "lr": lr, "relative_distance": relative.tolist(),
                             "full_batch_loss": loss.tolist(), "optimum": optimum})
             if b < n:  # else every method is the full batch
                 away[ratio][method].append(relative)
