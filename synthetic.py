@@ -266,7 +266,7 @@ def toy(knobs: dict):
                     claims.append(claim(f"step size {lr:g}, to {t:g}: OSGD needs fewer steps than {METHODS[method][0]} (OSGD {certain[t]:g}; "
                                         f"{arrived:.1%} of SGD's runs arrive)", ratios[method, t], (1, math.inf), "mean T_SGD / T_OSGD > 1"))
                     line[2].plot(np.sort(np.minimum(x, steps)), np.linspace(0, 100, len(x)), style, color=METHODS[method][1],
-                                 label=f"to {t:g}" if method == "sgd" else None)
+                                 label=f"{t:g}" if method == "sgd" else None)
         line[0].axhline(45, color="black", linewidth=0.6, linestyle=":")
         line[0].set(ylabel=f"theta (degrees)\nstep size {lr:g}", xlabel="steps")
         line[1].set(ylabel="full-batch loss - L*", xlabel="steps", yscale="log", ylim=(1e-5, 2))
@@ -274,7 +274,7 @@ def toy(knobs: dict):
         a, b = (1e-2, 1e-3) if lr > 0.2 else (1e-1, 1e-2)
         claims.append(growth(f"step size {lr:g}: the gap widens as the tolerance shrinks, {a:g} to {b:g}", ratios["sgd-replacement", a],
                              ratios["sgd-replacement", b], "mean T_SGD / T_OSGD"))
-    axes[0, 2].legend(loc="upper left", handlelength=2.6)
+    axes[1, 2].legend(loc="upper left", title="to")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return claims, numbers, figure, []
 
@@ -328,7 +328,7 @@ def histograms(knobs: dict):
                                 (0, math.inf), "difference of mean losses > 0"))
     for axis in axes.flat[len(sets):]:
         axis.remove()
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return claims, numbers, figure, []
 
 
