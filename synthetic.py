@@ -370,7 +370,7 @@ def lead_figure(axis, x, leads: dict, title: str, label: str) -> None:
     axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
     axis.set(title=title, xlabel=label, xscale="log", yscale="log", xticks=x, xticklabels=x)
     axis.minorticks_off()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
 
 
