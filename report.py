@@ -34,7 +34,7 @@ img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { c
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
 th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { background: #f4f4f4; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.long { min-width: 11rem; white-space: normal; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+td.long { min-width: 11rem; white-space: normal; } td.command { min-width: 26rem; white-space: normal; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .holds { color: #00684a; } .contradicted { color: #a33b00; font-weight: 600; }
 summary { cursor: pointer; }
 """
@@ -64,7 +64,8 @@ def as_html(blocks: list[tuple], folder: Path) -> str:
 def cell(text: str) -> str:
     kind = {VERDICTS["holds"]: "holds", VERDICTS["does not hold"]: "contradicted"}.get(text)
     figures = r"[-−–]?([\d,.]+(e[-+]?\d+)?|∞)?"
-    kind = kind or ("number" if re.fullmatch(rf"{figures}( %| s| min| h| to {figures})?", text) else "long" if len(text) > 24 else "")
+    kind = kind or ("number" if re.fullmatch(rf"{figures}( %| s| min| h| to {figures})?", text) else "command" if text.startswith("python ") else
+                    "long" if len(text) > 24 else "")
     return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
 
 
@@ -244,11 +245,11 @@ def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
     tasks = {title: rows for title, rows in record.items() if isinstance(rows, list) and rows and "difference" in rows[0]}
     for title, rows in tasks.items():
         scores = [name for name in rows[0] if f"{name}_interval" in rows[0] and name != "difference"]
-        show = lambda row, name: "" if row[name] is None else f"{100 * row[name]:.1f} [{span([100 * x for x in row[f'{name}_interval']])}]"
+        show = lambda row, name: "" if row[name] is None else "{:.1f} [{:.1f} to {:.1f}]".format(*(100 * x for x in (row[name], *row[f"{name}_interval"])))
         body += [("h3", f"{where}: {title}"), ("p", f"In percent, with 95 % intervals over {rows[0]['interval_over']}; {rows[0]['images']:,} images; "
-                                               f"difference: to {record['baseline']}."),
-                 ("table", ["", "seeds", *scores, "difference", "training", "selecting"],
-                  [[row["group"], str(row["seeds"]), *(show(row, name) for name in [*scores, "difference"]), clock(row["seconds_training"]),
+                                               f"difference: of {scores[0]} to {record['baseline']}'s."),
+                 ("table", ["", "seeds", "difference", *(re.sub(r"^R(\d+)$", r"R@\1", name) for name in scores), "training", "selecting"],
+                  [[row["group"], str(row["seeds"]), *(show(row, name) for name in ["difference", *scores]), clock(row["seconds_training"]),
                     clock(row["seconds_selecting"])] for row in rows], "")]
         claims.setdefault(f"retrieval, {where}", []).extend({
             "claim": f"{title}: {row['group']} finds more partners first than {record['baseline']} at equal steps",

@@ -145,7 +145,7 @@ def test_retrieval_is_judged_by_seeds(full):
     blocks = report.build(results, runs)
     reader, _ = read_page(blocks, results)
     text = "\n".join(reader.text)
-    for expected in ("43.2 [41 to 45]", "3.1 [1.1 to 5.2]", "not reached", "0.61", "results/curve.png"):
+    for expected in ("43.2 [41.0 to 45.0]", "3.1 [1.1 to 5.2]", "not reached", "0.61", "results/curve.png"):
         assert expected in text, expected
     claims = next(block[2] for block in blocks if block[0] == "table" and block[3].startswith("4 claims"))
     assert [line[-1].split(" ", 1)[1] for line in claims] == ["holds", "does not hold", "not settled", "not settled"]
