@@ -52,14 +52,17 @@ def checked(name: str, allowed, text: str):
     return value
 
 
-def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict) -> tuple[dict, set[str]]:
+def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict,
+          words: str | None = None) -> tuple[dict, set[str]]:
     """Values of all knobs from the words of a command line, and the names of those that were given.
 
     knobs: name -> (default, allowed, help). allowed: a tuple of words, str, bool (a switch), or a kind with bounds such
     as "int >= 1" or "float > 0 <= 1".  dataset_defaults: value of the knob `dataset` -> defaults of its own.
+    words: name under which words that belong to no knob are returned, a list; None allows none.
     Raises Stop with one line that names what was given and what is allowed.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
+                                     usage=f"%(prog)s {words.upper()} ... [--KNOB VALUE ...]" if words else None,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, allowed, text) in knobs.items():
         values = {d[name] for d in dataset_defaults.values() if name in d}
@@ -74,16 +77,30 @@ def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict
         given, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise Stop(f"{error.argument_name}: {error.message}; see --help") from None
+    free = [word for word in unknown if words and not word.startswith("-")]
+    unknown = [word for word in unknown if word not in free]
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in knobs]
         raise Stop(f"{unknown[0]}: unknown{nearest(unknown[0].split('=')[0], flags)}")
-    values = {}
+    values = {words: free} if words else {}
     for name, (default, allowed, _) in knobs.items():
         text = getattr(given, name)
         values[name] = default if text is None else True if allowed is bool else checked(name, allowed, text)
     for name, value in dataset_defaults.get(values.get("dataset"), {}).items():
         values[name] = value if values[name] is None else values[name]
     return values, {name for name in knobs if getattr(given, name) is not None}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; auto takes CUDA where there is one. Raises Stop where it cannot be used."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is not supported")
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise Stop(f"--device {name}: {str(error).splitlines()[0]}; give cpu, cuda or auto") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -98,7 +115,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Stop(f"cannot write {path}: {error.strerror or error}; free some space or give another --out-dir"
+        raise Stop(f"cannot write {path}: {error.strerror or error}; free some space or give another folder"
                    + (f" ({path.name} as last saved is whole)" if path.exists() else "")) from None
 
 

@@ -57,6 +57,31 @@ class ContrastiveModel(nn.Module):
         return self.head(self.encoder(images))
 
 
+@torch.no_grad()
+def embed(model: nn.Module, views, index: Tensor, chunk: int = 256, stop=lambda: False) -> tuple[Tensor, Tensor]:
+    """Projections u, v [len(index), D], float32, of two fresh views of the samples `index`, in eval mode.
+
+    views(index) gives an augmented batch [len(index), 3, S, S], on the network's device. Leaves no trace in the model: modes are restored, and
+    eval mode does not move batch norm's running statistics.  Raises KeyboardInterrupt when stop() turns true.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        u, v = [], []
+        for part in index.split(chunk):
+            if stop():
+                raise KeyboardInterrupt
+            if 0 < len(part) < chunk < len(index):  # a compiled network sees one shape only
+                part = torch.cat([part, index[:chunk - len(part)]])
+            a, b = model(views(part.repeat(2))).float().chunk(2)
+            u.append(a)
+            v.append(b)
+        return torch.cat(u)[:len(index)], torch.cat(v)[:len(index)]
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 def _similarities(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines [2B, 2B] of all views, of each row with its positive [2B], and the mask of the negatives [2B, 2B]."""
     if z1.ndim != 2 or z1.shape != z2.shape or len(z1) < 2:

@@ -28,9 +28,9 @@ from torchvision.utils import make_grid
 
 import data
 from augment import augment
-from cli import Stop, parse, provenance, write_atomically
+from cli import Stop, parse, pick_device, provenance, write_atomically
 from lars import LARS, warmup_cosine
-from model import ContrastiveModel, SogCLRLoss, hcl, nt_xent
+from model import ContrastiveModel, SogCLRLoss, embed, hcl, nt_xent
 from retrieval import retrieval_metrics
 from samplers import batch_losses, random_batches, random_batches_with_replacement, select_by_loss, spectral_batches
 
@@ -125,32 +125,7 @@ def settle(argv: list[str]) -> dict:
     return knobs
 
 
-# ------------------------------------------------------------------------------------------------- embedding
-@torch.no_grad()
-def embed(model: torch.nn.Module, views, index: Tensor, chunk: int = 256, stop=lambda: False) -> tuple[Tensor, Tensor]:
-    """Projections u, v [len(index), D], float32, of two fresh views of the samples `index`, in eval mode.
-
-    views(index) gives an augmented batch [len(index), 3, S, S], on the network's device. Leaves no trace in the model: modes are restored, and
-    eval mode does not move batch norm's running statistics.  Raises KeyboardInterrupt when stop() turns true.
-    """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        u, v = [], []
-        for part in index.split(chunk):
-            if stop():
-                raise KeyboardInterrupt
-            if 0 < len(part) < chunk < len(index):  # a compiled network sees one shape only
-                part = torch.cat([part, index[:chunk - len(part)]])
-            a, b = model(views(part.repeat(2))).float().chunk(2)
-            u.append(a)
-            v.append(b)
-        return torch.cat(u)[:len(index)], torch.cat(v)[:len(index)]
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
+# ------------------------------------------------------------------------------------------------- choosing
 def side_by_side(images: Tensor, *batches: Tensor) -> Tensor:
     """One picture [3, h, w] uint8 of mini-batches beside one another."""
     grids = [make_grid(images[rows.to(images.device)], nrow=8, pad_value=255) for rows in batches]
@@ -206,13 +181,7 @@ def train(knobs: dict) -> None:
         raise Stop(f"--out-dir {run}: {error.strerror}; give another folder") from None
 
     # device
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if knobs["device"] == "auto" else knobs["device"])
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"{device.type} is not supported")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Stop(f"--device {knobs['device']}: {str(error).splitlines()[0]}; give cpu, cuda or auto") from None
+    device = pick_device(knobs["device"])
     cuda = device.type == "cuda"
     if cuda:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
