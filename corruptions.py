@@ -1,7 +1,7 @@
 """Corrupted versions of validation images: readers of the published -C sets, and a dozen corruptions of our own.
 
-Both give (name, corruptions, corrupted): corrupted(rows, severity) is uint8 [len(rows), C, 3, H, W], the versions by the
-C corruptions at severity 1 to 5 of the images `rows` of the validation split. Built-in scores compare with one another
+Both give a function corrupted(rows, severity), uint8 [len(rows), C, 3, H, W]: the versions by the C corruptions at
+severity 1 to 5 of the images `rows` of the validation split. Built-in scores compare with one another
 alone, never with those of the -C sets: the corruptions are similar in kind, not in strength.
 """
 import io
@@ -32,7 +32,7 @@ def clean_folder(data_dir: Path) -> Path:
     return data_dir.parent if data_dir.name.lower() in [name.lower() for name, _ in OFFICIAL.values()] else data_dir
 
 
-def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> tuple[str, tuple, Callable]:
+def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callable:
     """Reader of the -C set of this data set in data_dir (or data_dir itself), after a check of its whole layout.
 
     labels [N]: of the whole validation split. size: side to which Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays
@@ -51,7 +51,7 @@ def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> tuple[s
         raise FileNotFoundError(f"{folder} lacks {', '.join(x + suffix for x in missing)}: it takes all {len(names)} corruptions; "
                                 f"get the whole set from {url}")
     read = cifar_c if dataset == "cifar100" else tiny_c
-    return name, names, read(folder, names, clean_folder(data_dir), labels.numpy(), size)
+    return read(folder, names, clean_folder(data_dir), labels.numpy(), size)
 
 
 def cifar_c(folder: Path, names: tuple, clean: Path, labels: np.ndarray, size: int) -> Callable:
@@ -228,9 +228,9 @@ def corrupt(name: str, images: Tensor, severity: int, generator: Generator) -> T
     return (255 * x).round_().clamp_(0, 255).byte()
 
 
-def built_in(images: Tensor, seed: int) -> tuple[str, tuple, Callable]:
+def built_in(images: Tensor, seed: int) -> Callable:
     """Corruptions of our own of uint8 images [N, 3, S, S], made when they are asked for, the same for the same rows."""
     def corrupted(rows: Tensor, severity: int) -> Tensor:
         generator = Generator().manual_seed(seed * 2 ** 32 + int(rows[0]))  # the same draws at every severity
         return torch.stack([corrupt(name, images[rows], severity, generator) for name in BUILT_IN], 1)
-    return "built-in", tuple(BUILT_IN), corrupted
+    return corrupted

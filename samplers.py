@@ -56,6 +56,17 @@ def _check_k(n: int, batch_size: int, k: int) -> None:
                          "or more samples")
 
 
+def _check_batches(batches: Tensor, n: int, read: bool, distinct: bool = False) -> None:
+    if batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64 or distinct and batches.numel() > n:
+        raise ValueError(f"batches is {tuple(batches.shape)} {batches.dtype}; "
+                         "give an int64 [m, B] tensor of row numbers, B >= 2" + f", at most {n} in all" * distinct)
+    if read and batches.numel():
+        if not 0 <= batches.min() <= batches.max() < n:
+            raise ValueError(f"batches has row numbers from {batches.min()} to {batches.max()}; give 0 to {n - 1}")
+        if distinct and batches.flatten().bincount().max() > 1:
+            raise ValueError("batches has a row number twice; give each once, as in a partition")
+
+
 def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1, loss: str = "nt_xent") -> Tensor:
     """NT-Xent (Chen et al., ICML 2020) or InfoNCE of each batch: the score of OSGD.
 
@@ -70,30 +81,36 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
         raise ValueError(f"loss is {loss!r}; give 'nt_xent' or 'infonce'")
     on_cpu = u.device.type == "cpu"
     _check(u, v, temperature, read=on_cpu)
-    if batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64:
-        raise ValueError(f"batches is {tuple(batches.shape)} {batches.dtype}; "
-                         "give an int64 [m, B] tensor of row numbers, B >= 2")
-    if on_cpu and batches.numel() and not 0 <= batches.min() <= batches.max() < len(u):
-        raise ValueError(f"batches has row numbers from {batches.min()} to {batches.max()}; give 0 to {len(u) - 1}")
-    B, d = batches.shape[1], u.shape[1]
+    _check_batches(batches, len(u), read=on_cpu)
+    B, n, d = batches.shape[1], *u.shape
     dtype = torch.promote_types(u.dtype, torch.float32)
     # A chunk's views and logits stay in a core's cache; on a GPU larger chunks save launches.
     chunk = max(1, (2 ** 22 if on_cpu else 2 ** 28) // (dtype.itemsize * 2 * B * (2 * B + d)))
-    losses = []
+
+    def logits(z: Tensor) -> Tensor:  # [..., r, d] -> [..., r, r]
+        s = z @ z.mT
+        # Lengths stand on the diagonal: scaling the logits is cheaper than scaling the views, as 2B < d.
+        scale = (s.diagonal(0, -2, -1).clamp(min=1e-24) * temperature).rsqrt()
+        # Logits less their upper bound: with exp(-2/temperature) in range, no search for the maximum is needed.
+        return s * scale[..., None] * scale[..., None, :] - 1 / temperature
+
+    losses, table = [], None
     with torch.autocast(u.device.type, enabled=False):  # a bfloat16 logit of 10 is wrong by 0.03
+        # Where the batches meet every pair several times, as all_batches do, each logit is computed once and looked up.
+        if loss == "nt_xent" and 4 * n * n <= min(2 ** 20, len(batches) * B * B):
+            table = logits(torch.cat([u, v]).to(dtype)).flatten()
         for rows in batches.split(chunk):
-            views = [x.index_select(0, rows.reshape(-1)).view(-1, B, d) for x in (u, v)]
-            if loss == "infonce":
-                a, b = (F.normalize(x.to(dtype), dim=2) for x in views)
-                s = a @ b.mT / temperature  # [c, B, B]
-                losses.append((s.logsumexp(1) + s.logsumexp(2) - 2 * s.diagonal(0, 1, 2)).mean(1))
-                continue
-            z = torch.cat(views, 1).to(dtype)  # [c, 2B, d]
-            s = z @ z.mT
-            # Lengths stand on the diagonal: scaling the logits is cheaper than scaling the views, as 2B < d.
-            scale = (s.diagonal(0, 1, 2).clamp(min=1e-24) * temperature).rsqrt()
-            # Logits less their upper bound: with exp(-2/temperature) in range, no search for the maximum is needed.
-            s = s * scale[:, :, None] * scale[:, None] - 1 / temperature  # [c, 2B, 2B]
+            if table is not None:
+                row = torch.cat([rows, rows + n], 1)
+                s = table.index_select(0, (2 * n * row[:, :, None] + row[:, None]).flatten()).view(-1, 2 * B, 2 * B)
+            else:
+                z = torch.cat([x.index_select(0, rows.reshape(-1)).view(-1, B, d) for x in (u, v)], 1).to(dtype)  # [c, 2B, d]
+                if loss == "infonce":
+                    a, b = F.normalize(z, dim=2).split(B, 1)
+                    s = a @ b.mT / temperature  # [c, B, B]
+                    losses.append((s.logsumexp(1) + s.logsumexp(2) - 2 * s.diagonal(0, 1, 2)).mean(1))
+                    continue
+                s = logits(z)  # [c, 2B, 2B]
             positive = s.diagonal(B, 1, 2).mean(1)
             s.diagonal(0, 1, 2).fill_(-torch.inf)
             lse = s.exp().sum(2).log() if temperature > 0.03 else s.logsumexp(2)
@@ -245,9 +262,10 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     _check_size(len(u), batch_size)
     _check_k(len(u), batch_size, k)
     n = len(u) // batch_size * batch_size
+    exclude = None if exclude is None else torch.as_tensor(exclude)
     if exclude is not None and (exclude.shape != (len(u),) or exclude.is_floating_point() or not refine):
         raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype}, refine {refine}; "
-                         f"give {len(u)} integers, and refine=True")
+                         "give one integer for each sample, and refine=True")
     if ceiling is not None and not 0 < ceiling <= 1:
         raise ValueError(f"ceiling is {ceiling}; give a quantile > 0 and <= 1, for instance 0.999")
     u, v = (x.detach()[:n] for x in (u, v))
@@ -296,9 +314,14 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
     D[i, b] the weight of row i to the rows of batch b, exchanging i of a and j of b adds
         D[i, b] - D[i, a] + D[j, a] - D[j, b] - 2 w[i, j]
     to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches, those first
-    whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no exchange helps, or after max_rounds (default: 2^30
-    gains looked at, which only batches of hundreds reach). Returns [k, B].
+    whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no exchange helps, or after
+    max_rounds (default: 2^30 gains looked at, which only batches of hundreds reach).  Returns [k, B].  Rows of w in no
+    batch stay out.  That w is symmetric, with a zero diagonal and finite, is assumed, not looked at.  Raises ValueError
+    for wrong shapes and, on the CPU, for row numbers outside [0, n) or given twice.
     """
+    if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.is_floating_point():
+        raise ValueError(f"w is {tuple(w.shape)} {w.dtype}; give floating-point weights [n, n]")
+    _check_batches(batches, len(w), read=w.device.type == "cpu", distinct=True)
     k, size = batches.shape
     if max_rounds is None:
         max_rounds = max(2 ** 31 // (k * size ** 2), 1)
@@ -341,8 +364,11 @@ def refine_by_loss(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0
     u, v [n, d]; batches [k, B] of their rows, all distinct.  In a tournament every batch meets every other, k/2 pairs at a
     time. The loss of a sample is log S, S a sum over its batch, so what an exchange does to those who stay is bounded by
     its first-order term; the exchange of the highest bound in each pair is made if its exact gain is positive.
-    Memory O((k B)^2).  Returns [k, B].
+    Memory O((k B)^2), in float32.  Returns [k, B].  Raises ValueError as batch_losses, and for a row given twice.
     """
+    on_cpu = u.device.type == "cpu"
+    _check(u, v, temperature, read=on_cpu)
+    _check_batches(batches, len(u), read=on_cpu, distinct=True)
     k, size = batches.shape
     order, n = batches.flatten().clone(), k * size
     u, v = (F.normalize(x[order].float(), dim=1) for x in (u, v))
@@ -495,7 +521,7 @@ class ContrastiveBatchSampler(Sampler):
     DataLoader workers fetch ahead: windows are then chosen, and state_dict stands, a few batches early.
     Raises ValueError for arguments that do not fit together and, while iterating, for embeddings it cannot use.
     """
-    MADE = "num_samples", "batch_size", "seed", "world_size"
+    MADE = "num_samples", "batch_size", "method", "k", "q", "seed", "world_size"
     STATE = "epoch", "step", "rest", "random", "pending", "uv", "seen"
 
     def __init__(self, num_samples: int, batch_size: int, method: str = "spectral", refine: bool = True,
@@ -511,14 +537,19 @@ class ContrastiveBatchSampler(Sampler):
         if method not in ("spectral", "osgd") or method == "spectral" and (q is not None or lowest):
             raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; give 'spectral' without them, or 'osgd'")
         q = max(1, k // 10) if q is None else q
-        one = torch.ones(1, 1)
-        select_by_loss(one, one, torch.zeros(k, 2, dtype=torch.int64), q, temperature)  # refuses a q or temperature
+        if method == "osgd" and (exclude is not None or ceiling is not None):
+            raise ValueError("method 'osgd' knows neither exclude nor ceiling; leave them out, or give 'spectral'")
+        exclude = None if exclude is None else torch.as_tensor(exclude)
+        if exclude is not None and exclude.shape != (num_samples,):
+            raise ValueError(f"exclude is {tuple(exclude.shape)} for {num_samples} samples; give one integer for each")
+        two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
+        select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature)
+        spectral_batches(two, two, 2, 1, temperature, None, refine,
+                         None if exclude is None else exclude[:2], ceiling)
         if not 0 <= rank < world_size <= whole:
             raise ValueError(f"rank is {rank} and world_size {world_size}; give 0 <= rank < world_size <= {whole}")
         self.num_samples, self.batch_size, self.drop_last = num_samples, batch_size, True  # accelerate reads drop_last
         self.method, self.refine, self.k, self.q, self.lowest = method, refine, k, q, lowest
-        if exclude is not None and len(exclude) != num_samples:
-            raise ValueError(f"exclude has {len(exclude)} entries for {num_samples} samples; give one for each")
         self.temperature, self.seed, self.embed, self.rank, self.world_size = temperature, seed, embed, rank, world_size
         self.exclude, self.ceiling = exclude, ceiling  # as spectral_batches takes them
         self.uv, self.seen = None, torch.zeros(num_samples, dtype=torch.bool)
@@ -616,7 +647,7 @@ class ContrastiveBatchSampler(Sampler):
                                                             for name in self.MADE + self.STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where state_dict was called. Raises ValueError where the two samplers' sizes or seeds differ."""
+        """Goes on where state_dict was called. Raises ValueError where the two samplers were made otherwise (MADE)."""
         for name in self.MADE:
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; for this state make the sampler with {state[name]}")

@@ -154,6 +154,15 @@ def test_two_modalities():
     assert losses[1] > losses[0] + 0.1
 
 
+def test_exclude_may_be_a_list_an_array_or_a_tensor():
+    state = torch.get_rng_state()
+    batches = [list(ContrastiveBatchSampler(N, B, embed=lookup, exclude=x)) for x in (LABEL, LABEL.tolist(), LABEL.numpy())]
+    assert batches[0] == batches[1] == batches[2]
+    plain = list(ContrastiveBatchSampler(N, B, embed=lookup))
+    alike = [sum(B - LABEL[rows].unique().numel() for rows in x) for x in (plain, batches[0])]
+    assert alike[0] > 100 and alike[1] == 0 and torch.equal(state, torch.get_rng_state())
+
+
 # ---------------------------------------------------------------------------- free embeddings
 
 @pytest.mark.parametrize("method", ["spectral", "osgd"])
@@ -316,6 +325,15 @@ def test_bad_arguments_are_refused():
         refused(lambda: make(20, 4, "osgd", q=q), f"q is {q} with k = 5", "from 1 to 5")
     assert make(20, 4, "osgd").q == 1 and make(500, 4, "osgd").q == 4
     refused(lambda: make(20, 4, temperature=0), "temperature is 0", "> 0")
+    labels = torch.arange(20) // 2
+    refused(lambda: make(20, 4, exclude=labels[:7]), "exclude is (7,) for 20 samples", "one integer for each")
+    refused(lambda: make(20, 4, exclude=labels.view(10, 2)), "exclude is (10, 2)", "one integer for each")
+    refused(lambda: make(20, 4, exclude=labels.float()), "torch.float32", "one integer for each sample")
+    refused(lambda: make(20, 4, exclude=labels, refine=False), "refine False", "refine=True")
+    for ceiling in (0, 1.5):
+        refused(lambda: make(20, 4, ceiling=ceiling), f"ceiling is {ceiling}", "0.999")
+    for wrong in ({"exclude": labels}, {"ceiling": 0.9}):
+        refused(lambda: make(20, 4, "osgd", **wrong), "'osgd'", "neither exclude nor ceiling", "'spectral'")
     for rank, world in ((2, 2), (-1, 2), (0, 0), (0, 6)):
         refused(lambda: make(20, 4, rank=rank, world_size=world), f"rank is {rank} and world_size {world}", "<= 5")
 
@@ -344,6 +362,10 @@ def test_a_state_of_another_sampler_is_refused():
     refused(lambda: ContrastiveBatchSampler(N, B).load_state_dict(state), "seed is 0", "with 4")
     refused(lambda: ContrastiveBatchSampler(N + 1, B, seed=4).load_state_dict(state), "num_samples is 241", "with 240")
     refused(lambda: ContrastiveBatchSampler(N, 4, seed=4).load_state_dict(state), "batch_size is 4", "with 8")
+    for other, part in (({"method": "osgd"}, "method is osgd"), ({"k": 7}, "k is 7")):
+        refused(lambda: ContrastiveBatchSampler(N, B, seed=4, **other).load_state_dict(state), part)
+    osgd = ContrastiveBatchSampler(N, B, "osgd", q=2).state_dict()
+    refused(lambda: ContrastiveBatchSampler(N, B, "osgd").load_state_dict(osgd), "q is 3", "with 2")
     refused(lambda: ContrastiveBatchSampler(N, B, seed=4, world_size=2).load_state_dict(state), "world_size is 2", "with 1")
 
 

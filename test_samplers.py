@@ -101,6 +101,19 @@ def test_batch_losses_gradients():
     assert (gradient[[3, 4, 5]] == 0).all() and (gradient[[0, 1, 2, 6, 7]].norm(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_batch_losses_looked_up_equal_those_one_by_one(temperature):
+    u, v = (x.requires_grad_() for x in views(9, 5))
+    batches = all_batches(9, 4)  # 126: every pair of samples is in 21 of them
+    both = []
+    for losses in (batch_losses(u, v, batches, temperature),
+                   torch.cat([batch_losses(u, v, b[None], temperature) for b in batches])):
+        both.append((losses, *torch.autograd.grad(losses.square().sum(), (u, v))))
+    for looked_up, product in zip(*both):
+        torch.testing.assert_close(looked_up, product, rtol=1e-10, atol=1e-10)
+    refused(lambda: batch_losses(u, v, batches + 9), "from 9 to 17", "0 to 8")  # the other view's rows of the table
+
+
 def test_batch_losses_half_precision_and_autocast():
     u, v = views(64, dtype=torch.float32)
     batches = random_batches(64, 8, seeded())
@@ -490,7 +503,7 @@ def test_bad_k_and_q_are_refused():
 
 def test_bad_exclude_and_ceiling_are_refused():
     call = functools.partial(spectral_batches, U, V, 4, 5)
-    refused(lambda: call(refine=True, exclude=torch.zeros(7, dtype=torch.int64)), "exclude is (7,)", "20 integers")
+    refused(lambda: call(refine=True, exclude=torch.zeros(7, dtype=torch.int64)), "exclude is (7,)", "one integer for each sample")
     refused(lambda: call(exclude=torch.zeros(20, dtype=torch.int64)), "refine False", "refine=True")
     for ceiling in (0, 1.5, math.nan):
         refused(lambda: call(ceiling=ceiling), f"ceiling is {ceiling}", "0.999")
@@ -505,3 +518,18 @@ def test_other_bad_input_is_refused():
     refused(lambda: batch_losses(U, V, ROWS.float()), "float32", "int64")
     refused(lambda: batch_losses(U, V, ROWS + 1), "from 1 to 20", "0 to 19")
     refused(lambda: batch_losses(U, V, ROWS - 1), "from -1 to 18", "0 to 19")
+
+
+def test_bad_partitions_are_refused():
+    w = spectral_affinity(U, V, 4)
+    for call in (lambda batches: refine_by_weight(w, batches), lambda batches: refine_by_loss(U, V, batches)):
+        call(ROWS), call(ROWS[1:])  # also of some of the rows
+        refused(lambda: call(ROWS[0]), "(4,)", "[m, B]")
+        refused(lambda: call(ROWS.float()), "float32", "int64")
+        refused(lambda: call(ROWS.repeat(2, 1)), "(10, 4)", "at most 20 in all")
+        refused(lambda: call(ROWS + 1), "from 1 to 20", "0 to 19")
+        refused(lambda: call(ROWS.clamp(max=18)), "twice")
+    refused(lambda: refine_by_weight(w[:, :19], ROWS), "w is (20, 19)", "[n, n]")
+    refused(lambda: refine_by_weight(w.long(), ROWS), "int64", "floating-point")
+    refused(lambda: refine_by_loss(U, NAN, ROWS), "v has 2 of 20 rows", "NaN")
+    refused(lambda: refine_by_loss(U, V, ROWS, 0), "temperature is 0", "> 0")
