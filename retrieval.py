@@ -38,7 +38,7 @@ KNOBS = {
     "repeats": (3, "int >= 1 <= 1000", "draws of the two views"),
     "corruptions": (None, ("built-in", "official"), "also find the partner among an image's own corrupted versions. built-in: "
                     "fourteen of our own, made on the fly; official: CIFAR-100-C or Tiny-ImageNet-C"),
-    "corruption_limit": (None, "int >= 1 <= 10000000", "images of that task (default: all; deadleaves 50)"),
+    "corruption_limit": (None, "int >= 1 <= 10000000", "images of that task (default: all; deadleaves 40)"),
     "probe": (False, bool, "also the encoder's features: accuracy of 20 nearest neighbours and of a linear classifier"),
     "recalibrate": (False, bool, "report everything also with batch norm's statistics taken anew from random training batches"),
     "recalibrate_batches": (64, "int >= 1 <= 100000", "how many, of the run's batch size"),
@@ -135,16 +135,17 @@ def load_checkpoint(path: Path, knobs: dict) -> ContrastiveModel:
 def recalibrate(model: nn.Module, batches) -> None:
     """Batch norm's running statistics := their plain averages over the images of `batches`; nothing else changes.
 
-    batches: iterable of [2B, 3, S, S]. The average of the batches' means and unbiased variances, as PyTorch takes them
-    with momentum=None (Izmailov et al., UAI 2018, update them so after averaging weights).
+    batches: iterable of [2B, 3, S, S]. The averages of the batches' means and unbiased variances, which momentum=None would
+    give as well, reading a counter from the device in each layer (Izmailov et al., UAI 2018, do so after averaging weights).
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m, m.training, m.momentum) for m in norms]
     for m in norms:
         m.reset_running_stats()
-        m.momentum = None
         m.train()
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        for m in norms:
+            m.momentum = 1 / (i + 1)
         model(batch)
     for m, training, momentum in before:
         m.training, m.momentum = training, momentum
@@ -233,7 +234,7 @@ def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
     tasks = {"two views": {"repeats": knobs["repeats"]}}
     if knobs["corruptions"]:
         name = "built-in" if knobs["corruptions"] == "built-in" else corruptions.OFFICIAL.get(run.knobs["dataset"], ("-C",))[0]
-        tasks[f"corruptions, {name}"] = {"images": knobs["corruption_limit"] or (50 if quick else limit)}
+        tasks[f"corruptions, {name}"] = {"images": knobs["corruption_limit"] or (40 if quick else limit)}
     if knobs["probe"]:
         tasks["probe"] = {}
     return {title + ", recalibrated" * (batches > 0): {"task": title, **own, "limit": limit, "seed": knobs["seed"],
@@ -343,6 +344,7 @@ def main(argv: list[str]) -> int:
         runs = compare.read_runs(knobs["runs"])
         groups = compare.group_runs(runs)
         baseline = compare.pick_baseline(groups, runs, knobs["baseline"])
+        groups = {baseline: groups[baseline], **groups}
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
