@@ -35,11 +35,9 @@ def clean_folder(data_dir: Path) -> Path:
 def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callable:
     """Reader of the -C set of this data set in data_dir (or data_dir itself), after a check of its whole layout.
 
-    labels [N]: of the whole validation split. size: side to which Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays
+    dataset: cifar100 or tinyimagenet. labels [N]: of the whole validation split. size: side to which Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays
     on the disk, memory-mapped. Raises ValueError or OSError, with one line, for a set that is absent or not complete.
     """
-    if dataset not in OFFICIAL:
-        raise ValueError(f"--corruptions official: there is no published set of {dataset}; give --corruptions built-in")
     name, url = OFFICIAL[dataset]
     found = [path for path in (data_dir, *sorted(data_dir.iterdir())) if path.is_dir() and path.name.lower() == name.lower()]
     if not found:
@@ -231,6 +229,7 @@ def corrupt(name: str, images: Tensor, severity: int, generator: Generator) -> T
 def built_in(images: Tensor, seed: int) -> Callable:
     """Corruptions of our own of uint8 images [N, 3, S, S], made when they are asked for, the same for the same rows."""
     def corrupted(rows: Tensor, severity: int) -> Tensor:
-        generator = Generator().manual_seed(seed * 2 ** 32 + int(rows[0]))  # the same draws at every severity
+        mixed = np.random.SeedSequence([seed, int(rows[0])]).generate_state(1)  # torch's CPU generator keeps but 32 bits
+        generator = Generator().manual_seed(int(mixed[0]))  # the same draws at every severity
         return torch.stack([corrupt(name, images[rows], severity, generator) for name in BUILT_IN], 1)
     return corrupted

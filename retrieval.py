@@ -233,7 +233,9 @@ def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
     limit = knobs["limit"] or (1000 if quick else None)
     tasks = {"two views": {"repeats": knobs["repeats"]}}
     if knobs["corruptions"]:
-        name = "built-in" if knobs["corruptions"] == "built-in" else corruptions.OFFICIAL.get(run.knobs["dataset"], ("-C",))[0]
+        if knobs["corruptions"] == "official" and run.knobs["dataset"] not in corruptions.OFFICIAL:
+            raise Stop(f"--corruptions official: there is no published set of {run.knobs['dataset']}; give --corruptions built-in")
+        name = "built-in" if knobs["corruptions"] == "built-in" else corruptions.OFFICIAL[run.knobs["dataset"]][0]
         tasks[f"corruptions, {name}"] = {"images": knobs["corruption_limit"] or (40 if quick else limit)}
     if knobs["probe"]:
         tasks["probe"] = {}
@@ -250,6 +252,10 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, device: tor
     images, labels, rows = load(run, "val", clean, first["limit"])
     if any(s["recalibrate_batches"] or s["task"] == "probe" for s in wanted.values()):
         train_images, train_labels, train_rows = load(run, "train", clean, run.knobs["limit"])
+    if any("built-in" in s["task"] for s in wanted.values()):
+        corrupted = corruptions.built_in(images, first["seed"])
+    elif any("corruptions" in s["task"] for s in wanted.values()):  # checked before anything is computed
+        corrupted = corruptions.official(run.knobs["dataset"], folder, labels, images.shape[-1])
     digest = data.digest(images[rows[::max(1, len(rows) // 256)]].numpy().tobytes() + labels[rows].numpy().tobytes())
     recalibrated = 0
     for title, s in wanted.items():
@@ -265,8 +271,6 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, device: tor
             sets = [(train_images, train_rows, train_labels), (images, rows, labels)]
             found = {"correct": probe(model.encoder, sets, size, device, s["seed"])}
         else:
-            corrupted = corruptions.built_in(images, s["seed"]) if "built-in" in s["task"] else \
-                corruptions.official(run.knobs["dataset"], folder, labels, images.shape[-1])
             few = rows[data.limit_indices(labels[rows], min(s["images"] or len(rows), len(rows)))]
             found = own_versions(model, few, corrupted, views, s["seed"])
         yield title, found, digest

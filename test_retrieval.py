@@ -156,8 +156,6 @@ def test_cifar_100_c(tmp_path):
     refused("cannot read .*labels.npy")
     shutil.rmtree(folder)
     refused("no CIFAR-100-C in")
-    with pytest.raises(ValueError, match="built-in"):
-        corruptions.official("deadleaves", tmp_path, labels, 32)
 
 
 def tiny(folder):
@@ -238,7 +236,7 @@ def test_probe_finds_what_is_there_and_nothing_else():
     colours = torch.tensor([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
     images = (colours[labels][:, :, None, None] + 40 * torch.rand(600, 3, 4, 4, generator=g)).byte()
     sets = [(images, torch.arange(300), labels), (images, torch.arange(300, 600), labels)]
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 16))
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16))
     correct = probe(encoder, sets, 4, torch.device("cpu"), 0)
     assert correct.shape == (2, 300) and correct.dtype == bool and correct.mean() == 1
     shuffled = labels[torch.randperm(600, generator=g)]
@@ -283,7 +281,7 @@ def test_intervals_of_means():
     for (mean, low, high), x, h in zip(found, (seeds, images, one), half):
         assert mean == pytest.approx(x.mean()) and high - mean == pytest.approx(h, rel=0.12) and mean - low == pytest.approx(h, rel=0.12)
     assert found[3, 0] == pytest.approx(seeds.mean() - images.mean())
-    assert compare.intervals([[np.ones((3, 7))]]).tolist() == [[1, 1, 1]]
+    np.testing.assert_allclose(compare.intervals([[np.ones((3, 7))]]), [[1, 1, 1]])
 
 
 def test_pairs():
@@ -327,7 +325,8 @@ def test_table_says_what_the_interval_is_over():
     assert rows["osgd"]["difference_over"] == "seeds and images, paired by seed" and rows["refined"]["difference_over"] == "images, paired by seed"
     assert rows["osgd"]["R1"] == pytest.approx(np.mean([x["R1"] for x in every[3:6]]))
     low, high = rows["osgd"]["difference_interval"]
-    assert low < rows["osgd"]["difference"] == pytest.approx(rows["osgd"]["R1"] - rows["random"]["R1"]) < high
+    assert low < rows["osgd"]["R1"] - rows["random"]["R1"] < high
+    assert rows["osgd"]["difference"] == pytest.approx(rows["osgd"]["R1"] - rows["random"]["R1"])
     assert rows["osgd"]["seconds_training"] == 11 and rows["osgd"]["seconds_selecting"] == 2
     text = compare.markdown(list(rows.values()), "random").splitlines()
     assert "over images only" in text[4] and "over images only" not in text[3] and "better" in text[3] and f"{100 * low:+.1f}" in text[3]
