@@ -1,14 +1,16 @@
-"""What things cost and what samplers are worth. Each prints a small table of medians, in under a minute.
+"""What things cost and what samplers are worth. Each prints a small table of medians, in about a minute.
 
-    python bench.py samplers [--embeddings FILE.npz]     all samplers and rivals: hardness, time, memory; growth with n
+    python bench.py samplers [--run FOLDER | --embeddings FILE.npz]   all samplers and rivals: hardness, time, memory; growth
+    python bench.py losses                               scores of batches against a bare matrix product
     python bench.py augment                              against torchvision's transforms, image by image
     python bench.py step [--image-size 224]              a training step against bare forward + backward
     python bench.py synthetic                            runs of theory.py at once, against a loop with autograd
     python bench.py data                                 decoding JPEGs into the cache, and the second start
     bash run_all.sh --dry-run                            the time and memory of everything (bench.py plan)
 
-FILE.npz holds pairs of arrays [n, d] named NAME_u and NAME_v, or u and v. Times of one table are measured in turns in
-one run, so their ratios hold on a busy machine.
+The samplers work on embeddings of training images of a finished run (FOLDER), of a short one that is made for it, or of
+FILE.npz: arrays [n, d] named NAME_u and NAME_v, or u and v, and class ids [n], NAME_labels, if there are. Times of one
+table are measured in turns in one run, so their ratios hold on a busy machine.
 """
 import argparse
 import contextlib
@@ -30,7 +32,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import compare
 import data
+import retrieval
 import rivals
 import theory
 import train
@@ -38,7 +42,7 @@ from augment import MEAN, STD, augment
 from cli import Stop, provenance, write_atomically
 from deadleaves import deadleaves
 from lars import LARS
-from model import ContrastiveModel, infonce, nt_xent
+from model import ContrastiveModel, embed, infonce, nt_xent
 from samplers import all_batches, batch_losses, osgd_batches, random_batches, spectral_batches
 
 
@@ -79,73 +83,154 @@ def peak(function: Callable[[], object]) -> tuple[object, float]:
         return function(), math.nan
 
 
-def bench_samplers(file: str | None, pairs: list[int], out: str | None = None, batch_size: int = 32, k: int = 40, temperature: float = 0.1) -> None:
-    """Batches from windows of k*B pairs: mean loss, excess over random relative to the released method's, time, memory.
+def read_pairs(file: str) -> dict[str, tuple]:
+    """u, v [n, d] float32 and class ids [n], or None, of each pair of arrays in a .npz, by name. Raises Stop with one line."""
+    give = "give a .npz with arrays NAME_u and NAME_v [n, d], and NAME_labels [n] if there are"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            arrays = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    except FileNotFoundError:
+        raise Stop(f"--embeddings {file}: not there; {give}") from None
+    except Exception as error:  # np.load fails in many ways on what is not its own
+        raise Stop(f"--embeddings {file}: cannot be read ({type(error).__name__}); {give}") from None
+    sets = {}
+    for name in (name[:-1] for name in arrays if name == "u" or name.endswith("_u")):
+        if name + "v" not in arrays:
+            raise Stop(f"--embeddings {file}: {name}u is without {name}v; {give}")
+        u, v, labels = (arrays.get(name + x) for x in ("u", "v", "labels"))
+        if u.ndim != 2 or u.shape != v.shape or labels is not None and labels.shape != u.shape[:1]:
+            raise Stop(f"--embeddings {file}: {name}u is {tuple(u.shape)}, {name}v {tuple(v.shape)}"
+                       + (f", {name}labels {tuple(labels.shape)}" if labels is not None else "") + f"; {give}")
+        sets[name.rstrip("_") or "embeddings"] = u.float(), v.float(), labels
+    if not sets:
+        raise Stop(f"--embeddings {file}: no pairs among its arrays ({', '.join(arrays) or 'it has none'}); {give}")
+    return sets
 
-    All of it also as JSON in `out`."""
-    record = {"experiment": "samplers", "embeddings": file or "made up", "batch_size": batch_size, "k": k, "temperature": temperature,
+
+def embed_run(folder: str, data_dir: str | None, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """u, v [n, d] of two views of n training images of a finished run's data set, in a random order, and class ids [n]."""
+    (run,) = compare.read_runs([folder])
+    model = retrieval.load_checkpoint(run.folder / "checkpoint.pt", run.knobs)
+    images, labels, rows = retrieval.load(run, "train", retrieval.data_folder(run, {"data_dir": data_dir}), n)
+    g = torch.Generator().manual_seed(0)
+    views = retrieval.augmented(images, g, *(run.knobs[x] for x in ("image_size", "crop_scale", "jitter")), torch.device("cpu"))
+    rows = rows[torch.randperm(len(rows), generator=g)]
+    return *embed(model, views, rows), labels[rows]
+
+
+def embed_short_run(n: int, steps: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """embed_run of a run of so many steps on n images of the embedded data."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            code = train.main(["--data-dir", folder, "--out-dir", f"{folder}/run", "--sampler", "random", "--limit", str(n),
+                               "--max-steps", str(steps)])
+        if code:
+            raise Stop("train.py failed; run it by itself to see why")
+        return embed_run(f"{folder}/run", None, n)
+
+
+def same_class(labels: torch.Tensor) -> float:
+    """Share of the pairs inside a batch that are of one class, mean over batches; labels [m, B]."""
+    B = labels.shape[1]
+    return ((labels[:, :, None] == labels[:, None]).sum((1, 2)) - B).float().mean().item() / (B * (B - 1))
+
+
+def bench_samplers(source: str, sets: dict[str, tuple], pairs: list[int], out: str | None = None, batch_size: int = 32,
+                   k: int = 40, temperature: float = 0.1, file_order: bool = False, rounds: int = 3) -> None:
+    """Batches from windows of k*B pairs: mean loss, its excess, time, memory; then growth with the number of pairs.
+
+    sets: u, v [n, d] and class ids [n], or None, by name. file_order: their order means something, so it is a baseline
+    as well. All of it also as JSON in `out`.
+    """
+    size, g = k * batch_size, torch.Generator()
+    record = {"experiment": "samplers", "embeddings": source, "batch_size": batch_size, "k": k, "temperature": temperature,
               **provenance(torch.device("cpu")), "samplers": [], "growth": []}
-    if file:
-        arrays = {name: torch.from_numpy(x).float() for name, x in np.load(file).items()}
-        sets = {name[:-1].rstrip("_") or "embeddings": (x, arrays[name[:-1] + "v"])
-                for name, x in arrays.items() if name.endswith("u")}
-    else:
-        sets = {"clustered": clustered(2 * k * batch_size)}
-    size = k * batch_size
+
+    def refined(u, v, y, g, **options):
+        return spectral_batches(u, v, batch_size, k, temperature, g, refine=True, **options)
+
     methods = {
-        "random": lambda u, v, g: torch.cat([random_batches(len(u), batch_size, g) for _ in range(20)]),
-        "osgd, q = k/10": lambda u, v, g: osgd_batches(u, v, batch_size, k, k // 10, temperature),
-        "BatchSampler": lambda u, v, g: rivals.batch_sampler(u, v, batch_size, generator=g),
-        "GCBS": lambda u, v, g: rivals.gcbs(u, v, batch_size),
-        "released spectral": lambda u, v, g: rivals.released_spectral(u, v, batch_size, k, temperature, g),
-        "B3": lambda u, v, g: rivals.b3(u, v, batch_size, generator=g),
-        "B3, no rank skipped": lambda u, v, g: rivals.b3(u, v, batch_size, ranks=(0, 100), generator=g),
-        "k-means, then fill": lambda u, v, g: rivals.greedy_groups(u, v, batch_size, g),
-        "spectral": lambda u, v, g: spectral_batches(u, v, batch_size, k, temperature, g),
-        "refined": lambda u, v, g: spectral_batches(u, v, batch_size, k, temperature, g, refine=True),
+        "random": lambda u, v, y, g: torch.cat([random_batches(len(u), batch_size, g) for _ in range(20)]),
+        "in file order": lambda u, v, y, g: torch.arange(size).view(k, batch_size),
+        "osgd, q = k/10": lambda u, v, y, g: osgd_batches(u, v, batch_size, k, max(1, k // 10), temperature),
+        "BatchSampler": lambda u, v, y, g: rivals.batch_sampler(u, v, batch_size, generator=g),
+        "GCBS": lambda u, v, y, g: rivals.gcbs(u, v, batch_size),
+        "released spectral": lambda u, v, y, g: rivals.released_spectral(u, v, batch_size, k, temperature, g),
+        "B3": lambda u, v, y, g: rivals.b3(u, v, batch_size, generator=g),
+        "B3, no rank skipped": lambda u, v, y, g: rivals.b3(u, v, batch_size, ranks=(0, 100), generator=g),
+        "k-means, then fill": lambda u, v, y, g: rivals.greedy_groups(u, v, batch_size, g),
+        "spectral": lambda u, v, y, g: spectral_batches(u, v, batch_size, k, temperature, g),
+        "refined": refined,
     }
+    labelled = {
+        "refined, exclude=labels": lambda u, v, y, g: refined(u, v, y, g, exclude=y),
+        "refined, ceiling=0.999": lambda u, v, y, g: refined(u, v, y, g, ceiling=0.999),
+        "refined, ceiling=0.99": lambda u, v, y, g: refined(u, v, y, g, ceiling=0.99),
+    }
+    columns = {"loss": "10.3f", "excess": "8.3f", "relative": "9.2f", "over_file_order": "8.3f",
+               "relative_to_file_order": "9.2f", "same_class": "11.2%", "ms": "9.1f", "of_eigh": "8.2f", "MB": "7.0f"}
     matrix = torch.randn(size, size, dtype=torch.float64)
     matrix += matrix.T.clone()
-    print(f"windows of k={k} batches of B={batch_size}, median of 3 seeds; excess: mean loss over that of random batches, and\n"
-          f"relative to the released method's; eigh: one float64 torch.linalg.eigh of {size} x {size}")
-    print(f"{'embeddings':<11}{'sampler':<20}{'mean loss':>10}{'excess':>8}{'relative':>9}{'ms':>9}{'of eigh':>8}{'MB':>7}")
-    for name, (u, v) in sets.items():
-        windows = [(u[i:i + size], v[i:i + size]) for i in range(0, len(u) - size + 1, size)]
+    print(f"embeddings: {source}\nwindows of k={k} batches of B={batch_size}, median of 3 seeds; excess: mean loss over that of "
+          "random batches, and relative to the released\nmethod's; over those in file order likewise; same class: pairs inside "
+          f"a batch; eigh: one float64 torch.linalg.eigh of {size} x {size}")
+    print(f"{'embeddings':<14}{'sampler':<24}{'mean loss':>10}{'excess':>8}{'relative':>9}{'file o.':>8}{'relative':>9}"
+          f"{'same class':>11}{'ms':>9}{'of eigh':>8}{'MB':>7}")
+    for name, (u, v, labels) in sets.items():
+        windows = [(u[i:i + size], v[i:i + size], None if labels is None else labels[i:i + size])
+                   for i in range(0, len(u) - size + 1, size)]
         if not windows:
-            raise Stop(f"{name} has {len(u)} pairs, a window takes {size}")
-        g = torch.Generator()
-        losses = {method: statistics.median(statistics.mean(
-            batch_losses(*w, choose(*w, g.manual_seed(seed)), temperature).mean().item() for w in windows) for seed in range(3))
-            for method, choose in methods.items()}
-        (eigh,) = seconds(lambda: torch.linalg.eigh(matrix), rounds=3)
-        base = losses["random"]
-        for method, choose in methods.items():
-            (took,) = seconds(lambda: choose(*windows[0], g.manual_seed(0)), rounds=3)
-            memory = peak(lambda: choose(*windows[0], g.manual_seed(0)))[1]
-            excess = losses[method] - base
-            record["samplers"].append({"embeddings": name, "sampler": method, "loss": losses[method], "excess": excess, "relative":
-                                       excess / (losses["released spectral"] - base), "ms": 1000 * took, "of_eigh": took / eigh, "MB": memory})
-            print(f"{name:<11}{method:<20}{losses[method]:>10.3f}{excess:>8.3f}{excess / (losses['released spectral'] - base):>9.2f}"
-                  f"{1000 * took:>9.1f}{took / eigh:>8.2f}{memory:>7.0f}", flush=True)
+            raise Stop(f"{name} has {len(u):,} pairs and a window takes {size:,}: give more")
+        chosen, losses, rows = methods | (labelled if labels is not None else {}), {}, {}
+        if not file_order:
+            del chosen["in file order"]
+        for method, choose in chosen.items():
+            batches = [[choose(*w, g.manual_seed(seed)) for w in windows] for seed in range(3)]
+            losses[method] = statistics.median(statistics.mean(
+                batch_losses(x, y, b, temperature).mean().item() for (x, y, _), b in zip(windows, of_seed)) for of_seed in batches)
+            rows[method] = {"embeddings": name, "sampler": method, "loss": losses[method]}
+            if labels is not None:
+                rows[method]["same_class"] = statistics.mean(same_class(w[2][b]) for x in batches for w, b in zip(windows, x))
+        eigh, *took = seconds(lambda: torch.linalg.eigh(matrix), *(
+            lambda choose=choose: choose(*windows[0], g.manual_seed(0)) for choose in chosen.values()), rounds=rounds)
+        for (method, choose), t in zip(chosen.items(), took):
+            for base, excess, relative in ("random", "excess", "relative"), ("in file order", "over_file_order", "relative_to_file_order"):
+                if base in losses:
+                    rows[method] |= {excess: losses[method] - losses[base],
+                                     relative: (losses[method] - losses[base]) / (losses["released spectral"] - losses[base] or math.nan)}
+            rows[method] |= {"ms": 1000 * t, "of_eigh": t / eigh, "MB": peak(lambda: choose(*windows[0], g.manual_seed(0)))[1]}
+            record["samplers"].append({"same_class": None, **rows[method]})
+            cells = (f"{rows[method][x]:>{form}}" if x in rows[method] else f"{'-':>{form.split('.')[0]}}" for x, form in columns.items())
+            print(f"{name:<14}{method:<24}{''.join(cells)}", flush=True)
+        plain, best = rows["spectral"], rows["refined"]
+        print(f"spectral: {plain['excess'] / best['excess']:.2f} of refined's excess at {plain['ms'] / best['ms']:.2f} of its time")
     print("\nall pairs as one window, refined, in parts (made-up embeddings of 128 dimensions)")
     print(f"{'pairs':>10}{'random':>9}{'windows of k':>14}{'all':>8}{'seconds':>10}{'us a pair':>11}{'MB':>7}")
     for n in pairs:
         u, v = clustered(n)
         start = time.perf_counter()
-        batches, memory = peak(lambda: spectral_batches(u, v, batch_size, n // batch_size, temperature,
-                                                        torch.Generator().manual_seed(0), refine=True))
+        batches, memory = peak(lambda: spectral_batches(u, v, batch_size, n // batch_size, temperature, g.manual_seed(0), refine=True))
         took = time.perf_counter() - start
         few = slice(0, min(n, 8 * size))
-        windows = spectral_batches(u[few], v[few], batch_size, k, temperature, torch.Generator().manual_seed(0), refine=True)
-        loss = [batch_losses(u, v, x, temperature).mean().item() for x in (torch.arange(n // batch_size * batch_size).view(-1, batch_size),
-                                                                         windows, batches)]
+        windows = refined(u[few], v[few], None, g.manual_seed(0))
+        loss = [batch_losses(u, v, x, temperature).mean().item()
+                for x in (torch.arange(n // batch_size * batch_size).view(-1, batch_size), windows, batches)]
         record["growth"].append(dict(zip(("pairs", "random", "windows", "all", "seconds", "us_a_pair", "MB"),
                                          (n, *loss, took, 1e6 * took / n, memory))))
         print(f"{n:>10,}{loss[0]:>9.3f}{loss[1]:>14.3f}{loss[2]:>8.3f}{took:>10.1f}{1e6 * took / n:>11.0f}{memory:>7.0f}", flush=True)
     if out:
-        Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record, indent=1).replace("NaN", "null")
-        write_atomically(Path(out).expanduser(), text.encode())
+        write_atomically(Path(out).expanduser(), json.dumps(record, indent=1).replace("NaN", "null").encode())
+
+
+def bench_losses(shapes: tuple = ((20, 4, 16), (20, 4, 40), (20, 4, 128), (48_000, 32, 128)), rounds: int = 15) -> None:
+    """Milliseconds of batch_losses, of all B-subsets of n = 20 and of a partition, and of one product of the same shapes."""
+    print(f"{'pairs':>8}{'batches':>9}{'of':>4}{'dimensions':>12}{'product, ms':>13}{'losses, ms':>12}{'ratio':>7}")
+    for n, batch_size, d in shapes:
+        u, v = torch.randn(2, n, d)
+        batches = all_batches(n, batch_size) if n <= 20 else random_batches(n, batch_size)
+        views = torch.randn(len(batches), 2 * batch_size, d)
+        product, losses = seconds(lambda: views @ views.mT, lambda: batch_losses(u, v, batches), rounds=rounds)
+        print(f"{n:>8,}{len(batches):>9,}{batch_size:>4}{d:>12}{1000 * product:>13.2f}{1000 * losses:>12.2f}{losses / product:>7.2f}")
 
 
 def bench_augment() -> None:
@@ -306,7 +391,7 @@ def measure(size: int, source: int, batch_size: int, device: torch.device) -> tu
     share = 1 if device.type == "cuda" else max(1, min(batch_size // 4, size * size // 4096))
     few, batch_size = torch.arange(256 if device.type == "cuda" else 16 // share + 4), batch_size // share
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return share * repeated(step), repeated(lambda: train.embed(model, views, few)) / (2 * len(few))
+        return share * repeated(step), repeated(lambda: embed(model, views, few)) / (2 * len(few))
 
 
 def bench_plan(jobs: int) -> None:
@@ -374,24 +459,38 @@ def bench_plan(jobs: int) -> None:
               f"{', '.join(f'{name} {size / 1e6:,.0f} MB' for name, size in sets.items())}.")
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("samplers", "augment", "step", "synthetic", "data", "plan"))
-    parser.add_argument("--embeddings", metavar="FILE.npz", help="samplers: real embeddings (default: made up)")
-    parser.add_argument("--pairs", metavar="N", type=int, nargs="+", default=[10_000, 40_000],
-                        help="samplers: sizes at which growth is measured (default: 10000 40000; 1000000 takes minutes)")
+    parser.add_argument("what", choices=("samplers", "losses", "augment", "step", "synthetic", "data", "plan"))
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--embeddings", metavar="FILE.npz", help="samplers: these embeddings (default: made by a short run)")
+    given.add_argument("--run", metavar="FOLDER", help="samplers: embeddings by the network of a finished run of train.py")
+    parser.add_argument("--data-dir", metavar="DIR", help="samplers: folder of that run's data (default: as when it was trained)")
+    parser.add_argument("--pairs", metavar="N", type=int, nargs="*", default=[10_000, 100_000],
+                        help="samplers: sizes at which growth is measured (default: 10000 100000; 1000000 takes minutes)")
     parser.add_argument("--out", metavar="FILE.json", help="samplers: write the numbers here too")
     parser.add_argument("--image-size", metavar="S", type=int, default=32, help="step: side of the views (default: 32)")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="plan: training runs at a time")
-    words = parser.parse_args()
+    words = parser.parse_args(argv)
     try:
-        globals()[f"bench_{words.what}"](*{"samplers": (words.embeddings, words.pairs, words.out), "step": (words.image_size,),
-                                           "plan": (words.jobs,)}.get(words.what, ()))
-    except (Stop, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        if words.what != "samplers":
+            globals()[f"bench_{words.what}"](*{"step": (words.image_size,), "plan": (words.jobs,)}.get(words.what, ()))
+            return 0
+        window = 40 * 32
+        if min(words.pairs, default=window) < window:
+            raise Stop(f"--pairs {min(words.pairs)}: less than a window; give {window} or more")
+        if words.out:  # said before the minute, not after
+            Path(words.out).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        sets = read_pairs(words.embeddings) if words.embeddings else \
+            {Path(words.run).name: embed_run(words.run, words.data_dir, 2 * window)} if words.run else \
+            {"deadleaves": embed_short_run(2 * window)}
+        bench_samplers(words.embeddings or words.run or "a short run of train.py", sets, words.pairs, words.out,
+                       file_order=bool(words.embeddings))
+    except (Stop, OSError, ValueError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

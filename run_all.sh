@@ -213,7 +213,7 @@ retrieval() {
   done
 }
 
-bench() { step bench results/samplers.json "bench.py samplers.py rivals.py cli.py" bench.py samplers --out results/samplers.json; }
+bench() { step bench results/samplers.json "bench.py samplers.py rivals.py model.py train.py cli.py" bench.py samplers --pairs 10000 --out results/samplers.json; }
 
 report() { if [ -n "$dry" ]; then step report results/report.html report.py report.py; else "$python" report.py || failed+=(report); fi; }
 
