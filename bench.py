@@ -6,6 +6,7 @@
     python bench.py step [--image-size 224]              a training step against bare forward + backward
     python bench.py synthetic                            runs of theory.py at once, against a loop with autograd
     python bench.py data                                 decoding JPEGs into the cache, and the second start
+    python bench.py retrieval                            metrics against sorting each row and searching it; their memory
     bash run_all.sh --dry-run                            the time and memory of everything (bench.py plan)
 
 The samplers work on embeddings of training images of a finished run (FOLDER), of a short one that is made for it, or of
@@ -342,6 +343,22 @@ def bench_data(count: int = 20_000) -> None:
     print(f"{'second start':<30}{again:>9.3f} s")
 
 
+def bench_retrieval(d: int = 128) -> None:
+    """Seconds of retrieval_metrics, how many times faster than sorting each row and searching it, and its memory."""
+    print(f"{'pairs':>8}{'sort and search, s':>20}{'retrieval_metrics, s':>22}{'ratio':>7}{'MB':>6}")
+    for n in 10_000, 100_000:
+        u, v = clustered(n, d)
+        x, y = (F.normalize(x, dim=1) for x in (u, v))
+
+        def sort(rows: int = 100) -> None:
+            for query, gallery in ((x, y), (y, x)):
+                for i, s in enumerate(query[:rows] @ gallery.T):
+                    (s.argsort(descending=True) == i).nonzero()
+        slow, fast = seconds(sort, lambda: retrieval.retrieval_metrics(u, v), rounds=3 if n == 10_000 else 1)
+        slow *= n / 100
+        print(f"{n:>8,}{slow:>20.1f}{fast:>22.2f}{slow / fast:>7.0f}{peak(lambda: retrieval.retrieval_metrics(u, v))[1]:>6.0f}", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------- what a plan costs
 # Seconds, at --quick and in full, of steps that cannot be counted, on two cores of an AMD EPYC on which a window of spectral
 # batches takes 19 ms; roughly. Once a step has run, its own time stands in for it.
@@ -461,7 +478,7 @@ def bench_plan(jobs: int) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("samplers", "losses", "augment", "step", "synthetic", "data", "plan"))
+    parser.add_argument("what", choices=("samplers", "losses", "augment", "step", "synthetic", "data", "retrieval", "plan"))
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--embeddings", metavar="FILE.npz", help="samplers: these embeddings (default: made by a short run)")
     given.add_argument("--run", metavar="FOLDER", help="samplers: embeddings by the network of a finished run of train.py")
