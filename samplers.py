@@ -370,7 +370,7 @@ def refine_by_loss(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0
     _check(u, v, temperature, read=on_cpu)
     _check_batches(batches, len(u), read=on_cpu, distinct=True)
     k, size = batches.shape
-    order, n = batches.flatten().clone(), k * size
+    order = batches.flatten().clone()
     u, v = (F.normalize(x[order].float(), dim=1) for x in (u, v))
     # Rows in the order of the slots, so that the terms of two batches are blocks: e[z, i, j] is what having sample j
     # in its batch adds to the sum S of view z of sample i.
