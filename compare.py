@@ -173,7 +173,8 @@ def table(scores: list[dict[str, np.ndarray]], runs: list[Run], groups: dict[str
 def markdown(rows: list[dict], baseline: str) -> str:
     """The rows of table() to read, in percent."""
     names = [name for name in rows[0] if name in NAMES]
-    lines = [["", "seeds", *(f"{NAMES[name]} (%)" for name in names), f"{NAMES[names[0]]} less {baseline}'s", "", "training (s)", "selecting (s)"]]
+    lines = [["", "seeds", *(f"{NAMES[name]} (%)" for name in names), f"{NAMES[names[0]]} less {baseline}'s", "", "training (s)",
+              "selecting (s)"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         def cell(name: str, sign: str = "") -> str:
@@ -181,9 +182,9 @@ def markdown(rows: list[dict], baseline: str) -> str:
                 return ""
             low, high = row[f"{name}_interval"]
             return f"{100 * row[name]:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-        over_images = "images only" in (row["difference_over"] or "") or row["seeds"] == 1 or row["difference_over"] and "seeds" not in row["difference_over"]
-        lines.append([row["group"], f"{row['seeds']}" + (" (intervals over images only)" if over_images else ""),
-                      *map(cell, names), cell("difference", "+"), row["verdict"], f"{row['seconds_training']:.0f}", f"{row['seconds_selecting']:.0f}"])
+        over_images = row["interval_over"] == "images" or (row["difference_over"] or "").startswith("images")
+        lines.append([row["group"], f"{row['seeds']}" + (" (intervals over images only)" if over_images else ""), *map(cell, names),
+                      cell("difference", "+"), row["verdict"], f"{row['seconds_training']:.0f}", f"{row['seconds_selecting']:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -256,8 +257,8 @@ def cost_markdown(rows: list[dict], baseline: str) -> str:
         line = [row["group"], str(row["seeds"])]
         for name in ("steps", "seconds"):
             interval = row[f"{name}_ratio_interval"]
-            line += [show(row[name], ",.0f"), "" if row["group"] == baseline or row[name] is None and not interval else show(row[f"{name}_ratio"], ".2f")
-                     + (f" [{show(interval[0], '.2f')}, {show(interval[1], '.2f')}]" if interval else "")]
+            ratio = show(row[f"{name}_ratio"], ".2f") + (f" [{show(interval[0], '.2f')}, {show(interval[1], '.2f')}]" if interval else "")
+            line += [show(row[name], ",.0f"), "" if row["group"] == baseline or row[name] is None and not interval else ratio]
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

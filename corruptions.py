@@ -35,8 +35,8 @@ def clean_folder(data_dir: Path) -> Path:
 def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callable:
     """Reader of the -C set of this data set in data_dir (or data_dir itself), after a check of its whole layout.
 
-    dataset: cifar100 or tinyimagenet. labels [N]: of the whole validation split. size: side to which Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays
-    on the disk, memory-mapped. Raises ValueError or OSError, with one line, for a set that is absent or not complete.
+    dataset: cifar100 or tinyimagenet. labels [N]: of the whole validation split. size: side to which Tiny-ImageNet-C's JPEGs
+    are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or OSError, with one line, for a set that is absent or not complete.
     """
     name, url = OFFICIAL[dataset]
     found = [path for path in (data_dir, *sorted(data_dir.iterdir())) if path.is_dir() and path.name.lower() == name.lower()]

@@ -222,6 +222,6 @@ for stage in "${stages[@]}"; do
   case $stage in setup) ;; test) tests ;; *) $stage ;; esac
 done
 if [ -n "$planned" ]; then
-  if [ -x "$(command -v "$python")" ]; then "$python" bench.py plan --jobs "$jobs" <<<"$planned"; else cut -f1-3,5 <<<"$planned"; fi
+  if [ -x "$(command -v "$python")" ]; then "$python" plan.py --jobs "$jobs" <<<"$planned"; else cut -f1-3,5 <<<"$planned"; fi
 fi
 if [ ${#failed[@]} -gt 0 ]; then echo "run_all.sh: failed: ${failed[*]}; the others are done" >&2; exit 1; fi

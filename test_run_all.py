@@ -183,7 +183,7 @@ def test_dry_run_runs_nothing(repo):
     (repo / "fake").write_text(PYTHON.replace("cat; exit", "cat >plan; exit"))
     before = {path for path in repo.rglob("*")}
     code, _, _, calls = run(repo, "--dry-run")
-    assert code == 0 and calls == ["bench.py plan --jobs 1"]
+    assert code == 0 and calls == ["plan.py --jobs 1"]
     assert {path for path in repo.rglob("*")} - before == {repo / "calls", repo / "plan", repo / "devices"}
     lines = [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line]
     assert len(lines) == 14 and {line[0] for line in lines} == {"run"}

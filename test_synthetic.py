@@ -197,6 +197,17 @@ def test_osgd_takes_what_has_the_highest_loss():
     assert torch.equal(chosen[:, 0], every[losses.argmax(1)])
 
 
+@pytest.mark.parametrize("method", ["osgd-direct", "osgd-replacement", "osgd", "spectral", "refined"])
+def test_chosen_batches_are_harder_than_random_ones(method):
+    u, v = start(400, 8, 16, seed=6)
+
+    def loss(method: str) -> float:  # of the first batches
+        flat, first = (x.view(-1, 16) for x in (u, v)), torch.arange(400)[:, None, None] * 8
+        a, b = (x[next(schedule(method, u, v, 2, 1.0, seeded())) + first] for x in flat)
+        return infonce(a, b).mean().item()
+    assert loss(method) > loss("sgd") + 0.1
+
+
 def test_toy_case():
     square = synthetic.toy_start(1, **F64)
     assert infonce(square, square).item() > cross_polytope_loss(4) + 0.3
