@@ -326,9 +326,10 @@ def test_bad_arguments_are_refused():
     assert make(20, 4, "osgd").q == 1 and make(500, 4, "osgd").q == 4
     refused(lambda: make(20, 4, temperature=0), "temperature is 0", "> 0")
     labels = torch.arange(20) // 2
-    refused(lambda: make(20, 4, exclude=labels[:7]), "exclude is (7,) for 20 samples", "one integer for each")
+    refused(lambda: make(20, 4, exclude=labels[:7]), "exclude is (7,)", "for 20 samples", "one integer for each")
     refused(lambda: make(20, 4, exclude=labels.view(10, 2)), "exclude is (10, 2)", "one integer for each")
     refused(lambda: make(20, 4, exclude=labels.float()), "torch.float32", "one integer for each sample")
+    refused(lambda: make(20, 4, exclude=["cat"] * 20), "something else than numbers", "one integer for each", "return_inverse")
     refused(lambda: make(20, 4, exclude=labels, refine=False), "refine False", "refine=True")
     for ceiling in (0, 1.5):
         refused(lambda: make(20, 4, ceiling=ceiling), f"ceiling is {ceiling}", "0.999")
@@ -367,6 +368,8 @@ def test_a_state_of_another_sampler_is_refused():
     osgd = ContrastiveBatchSampler(N, B, "osgd", q=2).state_dict()
     refused(lambda: ContrastiveBatchSampler(N, B, "osgd").load_state_dict(osgd), "q is 3", "with 2")
     refused(lambda: ContrastiveBatchSampler(N, B, seed=4, world_size=2).load_state_dict(state), "world_size is 2", "with 1")
+    del state["k"], state["rest"]
+    refused(lambda: ContrastiveBatchSampler(N, B, seed=4).load_state_dict(state), "no k, rest", "state_dict")
 
 
 # ---------------------------------------------------------------------------- the README's recipes
