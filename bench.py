@@ -19,6 +19,7 @@ import gc
 import io
 import json
 import math
+import signal
 import statistics
 import sys
 import tempfile
@@ -389,4 +390,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its output may be cut, as by head
     sys.exit(main(sys.argv[1:]))

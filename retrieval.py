@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import math
+import signal
 import sys
 import time
 import zipfile
@@ -382,4 +383,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its output may be cut, as by head
     sys.exit(main(sys.argv[1:]))

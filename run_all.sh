@@ -215,7 +215,7 @@ retrieval() {
 
 bench() { step bench results/samplers.json "bench.py samplers.py rivals.py model.py train.py cli.py" bench.py samplers --pairs 10000 --out results/samplers.json; }
 
-report() { if [ -n "$dry" ]; then step report results/report.html report.py report.py; else "$python" report.py || failed+=(report); fi; }
+report() { if [ -n "$dry" ]; then step report results/report.html report.py report.py; else (trap "" INT; exec "$python" report.py) || failed+=(report); fi; }  # a second: then Ctrl-C is acted on
 
 setup
 for stage in "${stages[@]}"; do
