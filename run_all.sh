@@ -25,13 +25,17 @@ fail() { echo "run_all.sh: error: $1" >&2; exit 2; }
 if [ -n "${DATA_DIR:-}" ]; then  # as the caller sees it
   DATA_DIR=$(cd "$DATA_DIR" 2>/dev/null && pwd) || fail "DATA_DIR is no folder; make it, or leave it out for data/"
 fi
+if [ -n "${RUN_PYTHON:-}" ]; then  # a path from where the caller is, too
+  RUN_PYTHON=$(command -v "$RUN_PYTHON") || fail "RUN_PYTHON is no program; name a Python that has the packages, or leave it out for .venv"
+  case $RUN_PYTHON in /*) ;; */*) RUN_PYTHON=$PWD/$RUN_PYTHON ;; esac
+fi
 cd "$(dirname "$0")"
 DATA_DIR=${DATA_DIR:-data}
 python=${RUN_PYTHON:-.venv/bin/python}
 STEPS=runs/.steps  # a stamp a step: when it finished, its command, a checksum of each file it was made by
 
 # ---------------------------------------------------------------------------------------------- the command line
-full=auto size="" dry="" jobs="" stages=()
+full=auto size="" dry="" driver="" jobs="" stages=()
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' run_all.sh; exit ;;
@@ -49,12 +53,14 @@ done
 if [ ${#stages[@]} -eq 0 ]; then stages=(setup synthetic train retrieval bench report); fi
 
 gpus=()  # the names of those that may be used
-if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then gpus=(${CUDA_VISIBLE_DEVICES//,/ })
-elif command -v nvidia-smi >/dev/null; then gpus=($(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || :)); fi
-if [ $full = auto ] && [ ${#gpus[@]} -gt 0 ] && { [ -e "$DATA_DIR/cifar-100-python" ] || compgen -G "$DATA_DIR/tiny-imagenet-200*" >/dev/null; }; then full=yes; fi
+if there=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null); then driver=yes gpus=($there); fi  # fails without a driver
+case ${CUDA_VISIBLE_DEVICES-unset} in unset) ;; -1) gpus=() ;; *) gpus=(${CUDA_VISIBLE_DEVICES//,/ }) ;; esac
+if [ "$full" = auto ] && [ ${#gpus[@]} -gt 0 ] && { [ -e "$DATA_DIR/cifar-100-python" ] || compgen -G "$DATA_DIR/tiny-imagenet-200*" >/dev/null; }; then full=yes; fi
 if [ "$full" = yes ]; then
   DATASETS=${DATASETS:-cifar100 tinyimagenet} SAMPLERS=${SAMPLERS:-random osgd spectral} OBJECTIVES=${OBJECTIVES:-simclr sogclr} quick=""
 else
+  if [ -n "${DATASETS:-}" ]; then fail "DATASETS is given and the runs are quick ones, on generated images; add --full, or leave it out"; fi
+  if [ -n "$size" ]; then fail "--own-size is of the paper's runs; add --full, or leave it out"; fi
   DATASETS=deadleaves SAMPLERS=${SAMPLERS:-random osgd spectral refined} OBJECTIVES=${OBJECTIVES:-simclr} quick=--quick
 fi
 if [ -z "$jobs" ]; then jobs=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1)); fi
@@ -62,7 +68,14 @@ if [ -z "$jobs" ]; then jobs=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1)); fi
 # ---------------------------------------------------------------------------------------------- steps
 failed=() pids=() names=() begun=() slots=1 planned=""
 
-stamp() { { echo "$2"; echo "$3"; } >"$STEPS/.$1.tmp"; mv "$STEPS/.$1.tmp" "$STEPS/$1"; }  # stamp NAME STATE KEY
+stamp() { { echo "$2"; echo "$3"; } >"$STEPS/.$1.tmp"; sync; mv "$STEPS/.$1.tmp" "$STEPS/$1"; }  # stamp NAME STATE KEY
+
+locked() {  # locked FILE: held by a training process that outlived its script
+  "$python" -c 'import fcntl, sys
+try: fcntl.flock(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(9)' "$1" 2>/dev/null
+  [ $? -eq 9 ]
+}
 
 # step NAME OUTPUT FILES COMMAND ...: runs `python COMMAND ...` unless it has made OUTPUT, and neither it nor FILES changed.
 step() {
@@ -77,11 +90,15 @@ step() {
     why="$({ diff <(echo "$old") <(echo "$key") || :; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u | paste -sd ' ' -) changed"
   elif [ "$state" = begun ]; then why="begun and not finished"
   elif [ ! -e "$output" ]; then why="$output is gone"
+  elif [ -n "$dry" ] && [ "$1" = retrieval.py ] && grep -v "^skip" <<<"$planned" | grep -q "train.py --dataset ${name#retrieval-} "; then
+    why="its runs change"
   else act=skip why=$state; fi
   folder=${output%/*}
   case $output in runs/*)  # a training run: hours that are gone on with or kept, never lost
     if [ $act = run ] && [ -e "$folder/checkpoint.pt" ]; then
       if [ "$old" = "$key" ]; then act=resume; set -- "$@" --resume
+      elif [ -z "$dry" ] && locked "$folder/.lock"; then
+        failed+=("$name"); echo "== FAILED $name: another process is training in $folder; let it end, or end it" >&2; return
       else
         n=1; while [ -e "$folder.old-$n" ]; do n=$((n + 1)); done
         why="$why; the run that was there goes to $folder.old-$n"
@@ -105,6 +122,7 @@ start() {  # start NAME COMMAND ...: in a slot that is free or, after waiting, b
     if kill -0 "${pids[slot]}" 2>/dev/null; then slot=$(((slot + 1) % slots)); [ $slot -gt 0 ] || sleep 0.3; else reap $slot; fi
   done
   if [ ${#gpus[@]} -gt 0 ]; then gpu=${gpus[slot % ${#gpus[@]}]}; fi
+  rm -f "$log"
   if [ $slots -gt 1 ]; then echo "   its output: $log"; fi
   # In the background, so that a signal to this script is acted on at once.
   ( if [ -n "$gpu" ]; then export CUDA_VISIBLE_DEVICES=$gpu; fi
@@ -147,10 +165,13 @@ setup() {
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     fail "$base is not Python 3.10 or newer; install one, or name it: PYTHON=python3.12 bash run_all.sh"
   echo "setting up .venv (some minutes the first time)"
-  rm -rf .venv
+  if [ -e .venv ] && [ ! -e .venv/made-by-run_all.sh ]; then
+    fail ".venv is not of this script; move it away, or use it: RUN_PYTHON=.venv/bin/python bash run_all.sh"
+  fi
+  rm -rf .venv; mkdir .venv; touch .venv/made-by-run_all.sh
   "$base" -m venv .venv || fail "$base cannot make a .venv; on Debian and Ubuntu: apt-get install python3-venv"
   # Without a GPU the CPU builds are several GB smaller; only an index that has both of the pair can give them.
-  if ! command -v nvidia-smi >/dev/null; then
+  if [ -z "$driver" ]; then
     $python -m pip install -q "torch==2.14.1+cpu" "torchvision==0.29.1+cpu" 2>/dev/null || { [ $? -ne 130 ] || exit 130; }
   fi
   $python -m pip install -q -r requirements.txt
@@ -200,20 +221,24 @@ retrieval() {
   for dataset in $DATASETS; do
     there=() files="" corruptions=built-in
     case $dataset in cifar100) flags=CIFAR-100-C ;; *) flags=Tiny-ImageNet-C ;; esac
-    if [ -d "$DATA_DIR/$flags" ] && [ $dataset != deadleaves ]; then corruptions=official; fi
+    case $dataset-$(ls -d "$DATA_DIR/$flags" 2>/dev/null) in
+      cifar100-?* | tinyimagenet-?*) corruptions=official ;;
+      cifar100- | tinyimagenet-) echo "$flags is not in $DATA_DIR: corruptions of our own stand in for it" >&2 ;;
+    esac
     while read -r name flags; do
       if [ -e "runs/$name/result.json" ] || [ -n "$dry" ]; then there+=("runs/$name") files+=" runs/$name/result.json"; fi
     done < <(runs "$dataset")
     if [ ${#there[@]} -eq 0 ]; then
       failed+=("retrieval-$dataset"); echo "== FAILED retrieval-$dataset: no run has finished; first: bash run_all.sh train" >&2; continue
     fi
-    name=results; if [ -z "$quick" ]; then name=results/$dataset; fi
-    step "retrieval-$dataset" "$name/retrieval.json" "retrieval.py compare.py corruptions.py probe.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
+    name=results; if [ -z "$quick" ]; then name=results/$dataset${size:+-own}; fi
+    step "retrieval-$dataset${size:+-own}" "$name/retrieval.json" "retrieval.py compare.py corruptions.py probe.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
       retrieval.py "${there[@]}" --curve --recalibrate --corruptions $corruptions --data-dir DATA_DIR --out "$name"
   done
 }
 
-bench() { step bench results/samplers.json "bench.py samplers.py rivals.py model.py train.py cli.py" bench.py samplers --pairs 10000 --out results/samplers.json; }
+bench() { step bench results/samplers.json "bench.py samplers.py rivals.py model.py lars.py data.py deadleaves.py augment.py train.py retrieval.py cli.py" \
+  bench.py samplers --pairs 10000 --out results/samplers.json; }
 
 report() { if [ -n "$dry" ]; then step report results/report.html report.py report.py; else (trap "" INT; exec "$python" report.py) || failed+=(report); fi; }  # a second: then Ctrl-C is acted on
 

@@ -1,4 +1,5 @@
 """Tests of run_all.sh on a stand-in for Python that notes what it was asked to do.  Run: pytest test_run_all.py"""
+import fcntl
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ CODE = [path.name for path in HERE.glob("*.py") if not path.name.startswith("tes
 # Writes what the real commands would. A file fail-WORD lets the commands fail that hold the word, hang-WORD lets them hang
 # once their checkpoint is written.
 PYTHON = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then exec python3 "$@"; fi
 echo "$*" >>calls
 echo "${CUDA_VISIBLE_DEVICES-none} $(date +%s%N)" >>devices
 all=$* out="" name=""
@@ -91,7 +93,7 @@ def test_changed_code_is_named_and_old_runs_are_kept(repo):
     assert code == 0
     assert steps["quick-random"] == ("run", "lars.py changed; the run that was there goes to runs/quick-random.old-1")
     assert (repo / "runs/quick-random.old-1/result.json").read_text() == before
-    assert steps["synthetic-toy"][0] == steps["bench"][0] == "skip"  # they know nothing of lars.py
+    assert steps["synthetic-toy"][0] == "skip" and steps["bench"] == ("run", "lars.py changed")  # it trains
     assert steps["retrieval-deadleaves"][1].startswith("runs/quick-osgd/result.json runs/quick-random/result.json")
     assert not any("--resume" in call for call in calls)
     (repo / "cli.py").write_text("other\n")
@@ -129,6 +131,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(repo, jobs):
     assert code == 1
     assert "FAILED quick-osgd (exit code 1)" in error and "failed: quick-osgd; the others are done" in error
     assert ("it broke" in error) == (jobs == "2")  # else its output was seen
+    assert (repo / "runs/.steps/quick-osgd.log").exists() == (jobs == "2")
     assert calls[-1] == "report.py"
     retrieval = next(call for call in calls if call.startswith("retrieval.py"))
     assert "runs/quick-osgd" not in retrieval and "runs/quick-refined" in retrieval
@@ -194,6 +197,12 @@ def test_dry_run_runs_nothing(repo):
     lines = [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line]
     assert lines[0][2].startswith("model.py changed; ") and lines[0][3] == "0"  # seconds of the last time
     assert (repo / "runs/quick-osgd/result.json").exists()
+    run(repo)
+    run(repo, "--dry-run", "retrieval")
+    assert (repo / "plan").read_text().startswith("skip")
+    (repo / "lars.py").write_text("other\n")
+    run(repo, "--dry-run", "train", "retrieval")
+    assert "\tits runs change\t" in (repo / "plan").read_text().splitlines()[4]
 
 
 def test_full_plan(repo):
@@ -217,7 +226,30 @@ def test_full_is_the_default_with_a_gpu_and_data(repo):
     assert len(run(repo, "train", CUDA_VISIBLE_DEVICES="0")[3]) == 4
     (repo / "data/tiny-imagenet-200-half.zip").touch()
     assert len(run(repo, "train", CUDA_VISIBLE_DEVICES="0")[3]) == 12
-    assert not run(repo, "train", "--quick", CUDA_VISIBLE_DEVICES="0")[3]
+    code, _, error, calls = run(repo, "train", "--quick", CUDA_VISIBLE_DEVICES="0")
+    assert code == 0 and not error and not calls
+
+
+@pytest.mark.parametrize("says, code", [("NVIDIA-SMI has failed because it could not talk to the driver", 9), ("0", 0)])
+def test_a_gpu_counts_where_it_answers(repo, says, code):
+    (repo / "nvidia-smi").write_text(f"#!/bin/sh\necho {says}; exit {code}\n")
+    (repo / "nvidia-smi").chmod(0o755)
+    (repo / "data/cifar-100-python").mkdir(parents=True)
+    kept = environment(PATH=f"{repo}:{os.environ['PATH']}")
+    for visible, runs in ((None, 4 if code else 12), ("-1", 4)):
+        words = kept | {"CUDA_VISIBLE_DEVICES": visible} if visible else {k: v for k, v in kept.items() if k != "CUDA_VISIBLE_DEVICES"}
+        done = subprocess.run(command("--dry-run", "train"), cwd=repo, capture_output=True, text=True, timeout=60, env=words)
+        assert done.stdout.count("train.py") == runs and not done.stderr
+
+
+def test_a_run_that_is_still_trained_is_left_alone(repo):
+    run(repo, "train")
+    (repo / "lars.py").write_text("other\n")
+    with open(repo / "runs/quick-osgd/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, steps, error, _ = run(repo, "train")
+    assert code == 1 and "another process is training in runs/quick-osgd" in error and "failed: quick-osgd;" in error
+    assert not (repo / "runs/quick-osgd.old-1").exists() and (repo / "runs/quick-random.old-1").exists()
 
 
 def test_jobs_are_dealt_to_the_gpus(repo):
@@ -242,6 +274,21 @@ def test_wrong_usage(repo, words, said):
 def test_wrong_data_dir(repo):
     code, _, error, calls = run(repo, DATA_DIR="nowhere")
     assert code == 2 and not calls and error == "run_all.sh: error: DATA_DIR is no folder; make it, or leave it out for data/\n"
+
+
+@pytest.mark.parametrize("words, more, said", [
+    ((), {"DATASETS": "cifar100"}, "add --full"), (("--own-size",), {}, "add --full"),
+    ((), {"RUN_PYTHON": "no-such-python"}, "RUN_PYTHON is no program")])
+def test_what_does_not_go_together(repo, words, more, said):
+    code, _, error, calls = run(repo, "--quick", *words, **more)
+    assert code == 2 and not calls and said in error and error.count("\n") == 1
+
+
+def test_a_venv_of_somebody_else_is_kept(repo):
+    (repo / ".venv").mkdir()
+    (repo / ".venv/mine").touch()
+    done = subprocess.run(command("setup"), cwd=repo, capture_output=True, text=True, env=environment(RUN_PYTHON=""))
+    assert done.returncode == 2 and ".venv is not of this script" in done.stderr and (repo / ".venv/mine").exists()
 
 
 def test_help_names_every_stage_and_option(repo):
