@@ -17,6 +17,7 @@ for the same state of `generator` (None: torch's global one). Rows of u and v ar
 """
 import copy
 import math
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,19 +31,32 @@ MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
 DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280  # spectral_batches: largest window solved whole, parts of larger ones
 
 
+def _check_integer(name: str, x: int) -> None:
+    try:
+        operator.index(x)
+    except TypeError:
+        raise ValueError(f"{name} is {x!r:.80}; give an integer") from None
+
+
 def _check_size(n: int, batch_size: int) -> None:
+    _check_integer("number of samples", n)
+    _check_integer("batch_size", batch_size)
     if not 2 <= batch_size <= n:
         raise ValueError(f"batch_size is {batch_size} with {n} samples; give a batch_size from 2 to {n}")
 
 
-def _check(u: Tensor, v: Tensor, temperature: float, read: bool) -> None:
-    """Raises ValueError for what no sampler can use. read: look at the values as well, for which a GPU must wait."""
+def _check(u: Tensor, v: Tensor, temperature: float, read: bool | None = None) -> None:
+    """Raises ValueError for what no sampler can use. read: look at the values as well, for which a GPU must wait (None: on
+    the CPU alone)."""
+    if not (isinstance(u, Tensor) and isinstance(v, Tensor)):
+        raise ValueError(f"u is of type {type(u).__name__} and v of {type(v).__name__}; give two torch tensors [n, d], of numpy "
+                         "arrays torch.from_numpy(u)")
     if u.ndim != 2 or u.shape != v.shape or not u.is_floating_point() or not v.is_floating_point():
         raise ValueError(f"u is {tuple(u.shape)} {u.dtype} and v {tuple(v.shape)} {v.dtype}; "
                          "give two floating-point [n, d] tensors of one shape, row i of v the partner of row i of u")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; give a number > 0, for instance 0.1")
-    for name, x in (("u", u), ("v", v)) if read else ():
+    for name, x in (("u", u), ("v", v)) if read or read is None and u.device.type == "cpu" else ():
         # The sum, twenty times as fast, first; it may also overflow, so the rows decide.
         total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
         if not total.isfinite() and (count := int((~x.isfinite()).any(1).sum())):
@@ -51,12 +65,15 @@ def _check(u: Tensor, v: Tensor, temperature: float, read: bool) -> None:
 
 
 def _check_k(n: int, batch_size: int, k: int) -> None:
+    _check_integer("k", k)
     if not 1 <= k <= n // batch_size:
         raise ValueError(f"k is {k} with {n} samples in batches of {batch_size}; give a k from 1 to {n // batch_size}, "
                          "or more samples")
 
 
 def _check_batches(batches: Tensor, n: int, read: bool, distinct: bool = False) -> None:
+    if not isinstance(batches, Tensor):
+        raise ValueError(f"batches is of type {type(batches).__name__}; give an int64 torch tensor [m, B] of row numbers")
     if batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64 or distinct and batches.numel() > n:
         raise ValueError(f"batches is {tuple(batches.shape)} {batches.dtype}; "
                          "give an int64 [m, B] tensor of row numbers, B >= 2" + f", at most {n} in all" * distinct)
@@ -93,9 +110,10 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
     """
     if loss not in ("nt_xent", "infonce"):
         raise ValueError(f"loss is {loss!r}; give 'nt_xent' or 'infonce'")
+    _check(u, v, temperature)
     on_cpu = u.device.type == "cpu"
-    _check(u, v, temperature, read=on_cpu)
     _check_batches(batches, len(u), read=on_cpu)
+    batches = batches.to(u.device, non_blocking=True)
     B, n, d = batches.shape[1], *u.shape
     dtype = torch.promote_types(u.dtype, torch.float32)
     # A chunk's views and logits stay in a core's cache; on a GPU larger chunks save launches.
@@ -148,6 +166,7 @@ def random_batches_with_replacement(m: int, n: int, batch_size: int, generator: 
     The order inside a row is not random.  Raises ValueError for m < 1 or a batch_size outside [2, n].
     """
     _check_size(n, batch_size)
+    _check_integer("m", m)
     if m < 1:
         raise ValueError(f"m is {m} batches; give 1 or more")
     device = generator.device if generator else "cpu"
@@ -188,9 +207,12 @@ def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: f
     u, v [n, d]; batches [k, B], or [groups, k, B] to choose q in each group.  Returns [q, B] or [groups, q, B].
     lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for q outside [1, k].
     """
-    if batches.ndim not in (2, 3):
-        raise ValueError(f"batches is {tuple(batches.shape)}; give row numbers [k, B] or [groups, k, B]")
+    _check(u, v, temperature, read=False)
+    if not isinstance(batches, Tensor) or batches.ndim not in (2, 3):
+        raise ValueError(f"batches is {tuple(getattr(batches, 'shape', ()))}; give a tensor of row numbers [k, B] or [groups, k, B]")
+    batches = batches.to(u.device, non_blocking=True)
     k, batch_size = batches.shape[-2:]
+    _check_integer("q", q)
     if not 1 <= q <= k:
         raise ValueError(f"q is {q} with k = {k} batches to choose from; give a q from 1 to {k}")
     losses = batch_losses(u.detach(), v.detach(), batches.reshape(-1, batch_size), temperature, loss)
@@ -224,6 +246,7 @@ def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int,
     u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B here.  lowest and ValueErrors as osgd_batches.
     """
     _check(u, v, temperature, read=False)
+    _check_integer("k", k)
     if k < 1:
         raise ValueError(f"k is {k}; draw 1 batch or more")
     batches = random_batches_with_replacement(k, len(u), batch_size, generator)
@@ -242,7 +265,8 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; give 2 or more")
     with torch.autocast(u.device.type, enabled=False):
-        u, v = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (u, v))
+        dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
+        u, v = (F.normalize(x.to(dtype), dim=1) for x in (u, v))
         s = (u @ v.T) / temperature
         own = s.diagonal() - math.log(batch_size - 1)
         if temperature < 0.06:
@@ -257,7 +281,7 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
 
 def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
                      generator: Generator | None = None, refine: bool = False, exclude: Tensor | None = None,
-                     ceiling: float | None = None) -> Tensor:
+                     ceiling: float | None = None, loss: str = "nt_xent") -> Tensor:
     """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
 
     u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split into
@@ -266,8 +290,9 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     refine_by_loss).  Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches; a larger
     window is cut into parts of similar rows, about PART_ROWS each, so that time and memory grow as k B; with refine,
     batches that lie close are brought together in new parts, twice, and go on exchanging.
+    loss: what refine_by_loss makes harder; "infonce", of two modalities, is left to the weights, which bound it.
     Against false negatives: exclude [n], integers such as class labels, two rows of one number share a batch only
-    where sizes leave no other way (needs refine); ceiling, a quantile, 0.999 say: heavier edges weigh no more than
+    where sizes leave no other way (needs refine and a window solved whole); ceiling, a quantile, 0.999 say: heavier edges weigh no more than
     it, so that near-duplicates attract no more than others. Either leaves refine_by_loss out, which knows of neither.
     Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n, a ceiling
     outside (0, 1].
@@ -277,6 +302,11 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     _check_k(len(u), batch_size, k)
     n = len(u) // batch_size * batch_size
     exclude = _check_exclude(exclude, len(u), refine)
+    whole = max(min(DENSE_ROWS, DENSE_BATCHES * batch_size), 2 * batch_size)
+    if exclude is not None and min(k * batch_size, n) > whole:
+        raise ValueError(f"exclude is given with windows of {k * batch_size} samples; give a k of at most {whole // batch_size}")
+    if loss not in ("nt_xent", "infonce"):
+        raise ValueError(f"loss is {loss!r}; give 'nt_xent' or 'infonce'")
     if ceiling is not None and not 0 < ceiling <= 1:
         raise ValueError(f"ceiling is {ceiling}; give a quantile > 0 and <= 1, for instance 0.999")
     u, v = (x.detach()[:n] for x in (u, v))
@@ -296,15 +326,17 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
             w = w.masked_fill(same, -4 * batch_size * w.max())
         if refine:
             # For two the weight is the InfoNCE loss and for few near it; few large batches meet too seldom to matter.
-            by_loss = exclude is None and ceiling is None and 8 <= batch_size <= 8 * len(batches)
-            batches = refine_by_weight(w, batches, len(batches) // 2 if by_loss else None)  # all rounds: 1.6 times the time
+            by_loss = loss == "nt_xent" and exclude is None and ceiling is None and 8 <= batch_size <= 8 * len(batches)
+            # Before it, all rounds would take 1.6 times the time. A round may part but two of a group.
+            rounds = len(batches) // 2 if by_loss else None if exclude is None else max(batches.numel(), 2 ** 31 // (batches.numel() * batch_size))
+            batches = refine_by_weight(w, batches, rounds)
             if by_loss:
                 batches = refine_by_loss(x, y, batches, temperature)
         return rows[batches]
 
     batches = []
     for window in torch.arange(n, device=u.device).split(k * batch_size):
-        if len(window) <= max(min(DENSE_ROWS, DENSE_BATCHES * batch_size), 2 * batch_size):
+        if len(window) <= whole:
             batches.append(solve(window))
             continue
         part = min(max(PART_ROWS // batch_size, 2), DENSE_BATCHES)  # batches in a part
@@ -335,9 +367,11 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
         raise ValueError(f"w is {tuple(w.shape)} {w.dtype}; give floating-point weights [n, n]")
     _check_batches(batches, len(w), read=w.device.type == "cpu", distinct=True)
     k, size = batches.shape
+    batches = batches.to(w.device, copy=True)
+    if k < 2:
+        return batches
     if max_rounds is None:
         max_rounds = max(2 ** 31 // (k * size ** 2), 1)
-    batches = batches.clone()
     every = torch.arange(k, device=w.device)
     inside = w[:, batches.flatten()].view(-1, k, size).sum(2)[batches]  # [k, B, k]: D of the row in each slot
     own = inside.diagonal(0, 0, 2).T[:, :, None]  # a view: D[i, a]
@@ -378,11 +412,10 @@ def refine_by_loss(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0
     its first-order term; the exchange of the highest bound in each pair is made if its exact gain is positive.
     Memory O(k B (B + d)), in float32.  Returns [k, B].  Raises ValueError as batch_losses, and for a row given twice.
     """
-    on_cpu = u.device.type == "cpu"
-    _check(u, v, temperature, read=on_cpu)
-    _check_batches(batches, len(u), read=on_cpu, distinct=True)
+    _check(u, v, temperature)
+    _check_batches(batches, len(u), read=u.device.type == "cpu", distinct=True)
     k, size = batches.shape
-    batches = batches.clone()
+    batches = batches.to(u.device, copy=True)
     z = torch.stack([F.normalize(x[batches].float(), dim=2) for x in (u, v)], 1)  # [k, 2 views, B, d]
 
     def terms(z1: Tensor, z2: Tensor) -> Tensor:  # of the sums S: exp(cosine / temperature), less their upper bound
@@ -537,19 +570,25 @@ class ContrastiveBatchSampler(Sampler):
     - embed(indices [m]), without gradients, up to max(B, 256) samples a call; set the encoder to eval mode in it; or
     - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come first,
       in random batches: that is all of the first epoch. Without either function every batch is random.
-    Of these batches each of world_size processes takes every world_size-th; with torch.distributed, of rank 0's.
+    Of these batches each of world_size processes takes every world_size-th; with torch.distributed, of rank 0's. Give
+    both there, unless the trainer deals batches out by itself, as accelerate does. loss: "infonce" for two modalities.
     DataLoader workers fetch ahead: windows are then chosen, and state_dict stands, a few batches early.
     Raises ValueError for arguments that do not fit together and, while iterating, for embeddings it cannot use.
     """
-    MADE = "num_samples", "batch_size", "method", "k", "q", "seed", "world_size"
+    MADE = ("num_samples", "batch_size", "method", "refine", "k", "q", "lowest", "temperature", "loss", "ceiling", "seed",
+            "world_size")
     STATE = "epoch", "step", "rest", "random", "pending", "uv", "seen"
 
     def __init__(self, num_samples: int, batch_size: int, method: str = "spectral", refine: bool = True,
                  k: int | None = None, q: int | None = None, window: int | None = None, temperature: float = 0.1,
                  seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, lowest: bool = False,
-                 exclude: Tensor | None = None, ceiling: float | None = None, rank: int = 0, world_size: int = 1):
+                 exclude: Tensor | None = None, ceiling: float | None = None, rank: int = 0, world_size: int = 1,
+                 loss: str = "nt_xent"):
         _check_size(num_samples, batch_size)
+        _check_integer("seed", seed)
         whole = num_samples // batch_size
+        if window is not None:
+            _check_integer("window", window)
         if window is not None and (not batch_size <= window <= num_samples or k not in (None, window // batch_size)):
             raise ValueError(f"window is {window} and k {k}; give k, or a window from {batch_size} to {num_samples}")
         k = window // batch_size if window is not None else min(40, whole) if k is None else k
@@ -561,14 +600,14 @@ class ContrastiveBatchSampler(Sampler):
             raise ValueError("method 'osgd' knows neither exclude nor ceiling; leave them out, or give 'spectral'")
         exclude = _check_exclude(exclude, num_samples, refine)
         two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
-        select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature)
-        spectral_batches(two, two, 2, 1, temperature, None, refine, None, ceiling)
+        select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature, loss=loss)
+        spectral_batches(two, two, 2, 1, temperature, None, refine, None, ceiling, loss)
         if not 0 <= rank < world_size <= whole:
             raise ValueError(f"rank is {rank} and world_size {world_size}; give 0 <= rank < world_size <= {whole}")
         self.num_samples, self.batch_size, self.drop_last = num_samples, batch_size, True  # accelerate reads drop_last
         self.method, self.refine, self.k, self.q, self.lowest = method, refine, k, q, lowest
         self.temperature, self.seed, self.embed, self.rank, self.world_size = temperature, seed, embed, rank, world_size
-        self.exclude, self.ceiling = exclude, ceiling  # as spectral_batches takes them
+        self.exclude, self.ceiling, self.loss = exclude, ceiling, loss  # as spectral_batches takes them
         self.uv, self.seen = None, torch.zeros(num_samples, dtype=torch.bool)
         self.generator = torch.Generator()
         self._begin(0)
@@ -615,12 +654,16 @@ class ContrastiveBatchSampler(Sampler):
                 u, v = self.uv[rows.to(self.uv.device)].unbind(1)
             else:
                 with torch.no_grad():
-                    u, v = (torch.cat(x) for x in zip(*map(self.embed, rows.split(max(B, 256)))))
+                    parts = [self.embed(part) for part in rows.split(max(B, 256))]
+                if any(not isinstance(x, (tuple, list)) or len(x) != 2 for x in parts):
+                    raise ValueError(f"embed gave {type(parts[0]).__name__}; give (u, v), two tensors [m, d]")
+                u, v = (torch.cat([torch.as_tensor(x) for x in each]) for each in zip(*parts))
                 if len(u) != len(rows):
                     raise ValueError(f"embed gave {len(u)} rows for {len(rows)} indices; give one for each, in order")
-            chosen = (osgd_batches(u, v, B, self.k, self.q, self.temperature, self.lowest) if self.method == "osgd" else
+            chosen = (osgd_batches(u, v, B, self.k, self.q, self.temperature, self.lowest, self.loss)
+                      if self.method == "osgd" else
                       spectral_batches(u, v, B, count, self.temperature, self.generator, self.refine,
-                                       None if self.exclude is None else self.exclude[rows], self.ceiling))
+                                       None if self.exclude is None else self.exclude[rows], self.ceiling, self.loss))
             rows = rows[chosen.flatten().cpu()]
         batches = [rows.view(-1, B).tolist()]
         if self._distributed():
@@ -660,17 +703,24 @@ class ContrastiveBatchSampler(Sampler):
 
     def state_dict(self) -> dict:
         """Where the epoch stands, and what update stored: after load_state_dict the rest follows exactly."""
-        return {"generator": self.generator.get_state()} | {name: copy.deepcopy(getattr(self, name))
-                                                            for name in self.MADE + self.STATE}
+        return {"generator": self.generator.get_state(), "exclude": self.exclude, "embed": self.embed is not None
+                } | {name: copy.deepcopy(getattr(self, name)) for name in self.MADE + self.STATE}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where state_dict was called. Raises ValueError where the two samplers were made otherwise (MADE)."""
-        if missing := [name for name in (*self.MADE, *self.STATE, "generator") if name not in state]:
+        if missing := [name for name in (*self.MADE, *self.STATE, "generator", "exclude", "embed") if name not in state]:
             raise ValueError(f"the state has no {', '.join(missing)}; give what state_dict of this class returned")
         for name in self.MADE:
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; for this state make the sampler with {state[name]}")
+        if state["embed"] != (self.embed is not None):
+            raise ValueError(f"for this state make the sampler {'with' if state['embed'] else 'without'} embed")
+        groups = [torch.empty(0) if x is None else x.cpu() for x in (self.exclude, state["exclude"])]
+        if not torch.equal(*groups):
+            raise ValueError("exclude is not that of this state; make the sampler with the same groups")
         for name in self.STATE:
             setattr(self, name, copy.deepcopy(state[name]))
         self.generator.set_state(state["generator"])
         self.resumed = True
+        if self.step == len(self):
+            self._begin(self.epoch + 1)

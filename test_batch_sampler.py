@@ -325,6 +325,10 @@ def test_bad_arguments_are_refused():
         refused(lambda: make(20, 4, "osgd", q=q), f"q is {q} with k = 5", "from 1 to 5")
     assert make(20, 4, "osgd").q == 1 and make(500, 4, "osgd").q == 4
     refused(lambda: make(20, 4, temperature=0), "temperature is 0", "> 0")
+    refused(lambda: make(20., 4), "number of samples is 20.0", "an integer")
+    refused(lambda: make(20, 4, window=8.5), "window is 8.5", "an integer")
+    refused(lambda: make(20, 4, seed=None), "seed is None", "an integer")
+    refused(lambda: make(20, 4, loss="clip"), "loss is 'clip'", "'infonce'")
     labels = torch.arange(20) // 2
     refused(lambda: make(20, 4, exclude=labels[:7]), "exclude is (7,)", "for 20 samples", "one integer for each")
     refused(lambda: make(20, 4, exclude=labels.view(10, 2)), "exclude is (10, 2)", "one integer for each")
@@ -354,6 +358,9 @@ def test_bad_embeddings_are_refused():
     refused(lambda: sampler.update([1, 2], U[:2], V[:2]), "embed", "leave out")
     sampler.embed = lambda rows: (U[rows[1:]], V[rows[1:]])
     refused(lambda: next(iter(sampler)), "239 rows for 240 indices", "one for each")
+    for wrong in (None, U[:2], (U, V, U)):
+        sampler.embed = lambda rows: wrong
+        refused(lambda: next(iter(sampler)), f"embed gave {type(wrong).__name__}", "(u, v)")
     sampler.embed = lambda rows: (U[rows], V[rows][:, 1:])
     refused(lambda: next(iter(sampler)), "(240, 32)", "(240, 31)")
 
@@ -363,7 +370,9 @@ def test_a_state_of_another_sampler_is_refused():
     refused(lambda: ContrastiveBatchSampler(N, B).load_state_dict(state), "seed is 0", "with 4")
     refused(lambda: ContrastiveBatchSampler(N + 1, B, seed=4).load_state_dict(state), "num_samples is 241", "with 240")
     refused(lambda: ContrastiveBatchSampler(N, 4, seed=4).load_state_dict(state), "batch_size is 4", "with 8")
-    for other, part in (({"method": "osgd"}, "method is osgd"), ({"k": 7}, "k is 7")):
+    for other, part in (({"method": "osgd"}, "method is osgd"), ({"k": 7}, "k is 7"), ({"temperature": 1.}, "temperature is 1.0"),
+                        ({"refine": False}, "refine is False"), ({"ceiling": 0.5}, "ceiling is 0.5"), ({"loss": "infonce"}, "loss is infonce"),
+                        ({"exclude": LABEL}, "exclude is not that"), ({"embed": lookup}, "without embed")):
         refused(lambda: ContrastiveBatchSampler(N, B, seed=4, **other).load_state_dict(state), part)
     osgd = ContrastiveBatchSampler(N, B, "osgd", q=2).state_dict()
     refused(lambda: ContrastiveBatchSampler(N, B, "osgd").load_state_dict(osgd), "q is 3", "with 2")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from samplers import (_assign, all_batches, batch_losses, osgd_batches, osgd_batches_with_replacement, random_batches,
@@ -407,7 +408,18 @@ def test_exclude_keeps_groups_apart_and_stays_hard():
     random = batch_losses(u, v, random_batches(256, 16, seeded())).mean()
     assert batch_losses(u, v, apart).mean() > random + 0.3 * (batch_losses(u, v, plain).mean() - random)
     crowded = spectral_batches(u, v, 16, 16, generator=seeded(), refine=True, exclude=torch.arange(256) % 12)
-    assert crowded.flatten().sort().values.equal(torch.arange(256))  # 12 groups in batches of 16: as far as sizes allow
+    assert crowded.flatten().sort().values.equal(torch.arange(256))
+    assert sum(16 - (rows % 12).unique().numel() for rows in crowded) == 64  # 12 groups in batches of 16: 4 too many in each
+
+
+def test_infonce_of_two_modalities_is_not_traded_for_nt_xent():
+    g = seeded()
+    shared, gap = torch.randn(640, 32, generator=g), torch.nn.functional.one_hot(torch.tensor([0, 1]), 32) * 20
+    u, v = (torch.nn.functional.normalize(shared + 1.5 * torch.randn(640, 32, generator=g)[torch.arange(640) // 16 * 16] + x, dim=1)
+            for x in gap)  # each modality has clusters of its own, which say nothing of the partner
+    nt_xent, infonce, plain = (batch_losses(u, v, spectral_batches(u, v, 16, 40, generator=seeded(), refine=r, loss=x), loss="infonce").mean()
+                               for r, x in ((True, "nt_xent"), (True, "infonce"), (False, "infonce")))
+    assert infonce > plain + 0.02 and infonce > nt_xent
 
 
 def test_ceiling_takes_their_pull_from_the_heaviest_edges():
@@ -438,12 +450,81 @@ def test_no_device_slip_and_no_value_read_back():
         assert b.device.type == "cuda" and b.shape == (4, 4)
         b = osgd_batches_with_replacement(u, v, 4, 6, 2)
         assert b.device.type == "cuda" and b.shape == (2, 4)
-        with pytest.raises(Exception, match="device"):  # a tensor on each device: the mode does notice
-            batch_losses(u, v, torch.zeros(7, 4, dtype=torch.int64))
+        assert batch_losses(u, v, torch.zeros(7, 4, dtype=torch.int64)).device.type == "cuda"  # as random_batches gives them
+        assert select_by_loss(u, v, torch.zeros(7, 4, dtype=torch.int64), 2).device.type == "cuda"
         with pytest.raises(Exception, match="device"):
             batch_losses(u, torch.randn(50, 8, dtype=torch.bfloat16), batches)
         with pytest.raises(DataDependentOutputException):  # and a value read back
             bool(losses.sum() > 0)
+
+
+def tensors(x):
+    if isinstance(x, (tuple, list)):
+        return [t for y in x for t in tensors(y)]
+    return tensors(list(x.values())) if isinstance(x, dict) else [x] * isinstance(x, torch.Tensor)
+
+
+def convert(x, change):
+    if isinstance(x, (tuple, list)) and not hasattr(x, "_fields"):
+        return type(x)(convert(y, change) for y in x)
+    return {k: convert(y, change) for k, y in x.items()} if isinstance(x, dict) else change(x) if isinstance(x, torch.Tensor) else x
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU, and obeys CUDA's rules of what may be mixed, with real values.
+
+    FakeTensorMode has no values, and so cannot follow a loop that ends when nothing is left to exchange.
+    """
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        with torch._C.DisableTorchFunctionSubclass():
+            if function == torch.Tensor.device.__get__:
+                return torch.device("cuda" if isinstance(args[0], cls) else "cpu")
+            here = lambda x: convert(x, lambda t: t.as_subclass(torch.Tensor))
+            there = lambda x: convert(x, lambda t: t.as_subclass(cls)) if not isinstance(x, torch.Size) else x
+            mixed = {isinstance(t, cls) for t in tensors((args, kwargs)) if t.ndim}
+            target = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.device)]
+            if name in ("to", "cpu"):
+                keep = {k: x for k, x in kwargs.items() if not isinstance(x, torch.device)}
+                result = function(*here([x for x in args if not isinstance(x, torch.device)]), **keep) if name == "to" and (
+                    len(args) - len(target) > 1 or keep) else here(args[0]).clone()
+                return there(result) if target and target[0].type == "cuda" or name == "to" and not target and isinstance(args[0], cls) else result
+            if len(mixed) > 1 and not (name in ("__getitem__", "__setitem__") and isinstance(args[0], cls)):
+                raise RuntimeError(f"tensors on two devices in {name}")
+            if name == "numpy":
+                raise TypeError("a GPU's tensor has no numpy()")
+            result = function(*here(args), **here(kwargs | {"device": torch.device("cpu")} if target else kwargs))
+            of = args[0] if name.endswith("item__") else None
+            return there(result) if of is None or isinstance(of, cls) else result
+
+
+class GPU(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        wanted = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.device) and x.type == "cuda"]
+        if any(isinstance(t, Elsewhere) for t in tensors((args, kwargs))) or wanted and tensors(args):
+            return Elsewhere.__torch_function__(function, types, args, kwargs)
+        if wanted:  # a factory
+            return function(*args, **kwargs | {"device": "cpu"}).as_subclass(Elsewhere)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", [{}, {"exclude": torch.arange(96) % 20}, {"ceiling": 0.99}, {"loss": "infonce"}])
+def test_refinement_mixes_no_devices(more):
+    u, v = views(96)
+    with GPU():
+        x, y = (t.as_subclass(Elsewhere) for t in (u, v))
+        assert x.device.type == "cuda" and spectral_affinity(x, y, 8).device.type == "cuda"
+        with pytest.raises(RuntimeError, match="two devices"):
+            x @ v.T
+        with pytest.raises(RuntimeError, match="two devices"):
+            v[x.argmax(1)]
+        batches = spectral_batches(x, y, 8, 12, generator=seeded(), refine=True, **more)
+        assert batches.device.type == "cuda"
+        assert refine_by_loss(x, y, random_batches(96, 8)).device.type == "cuda"
+    assert torch.equal(batches.as_subclass(torch.Tensor), spectral_batches(u, v, 8, 12, generator=seeded(), refine=True, **more))
 
 
 U, V = views(20)
@@ -505,8 +586,25 @@ def test_bad_exclude_and_ceiling_are_refused():
     call = functools.partial(spectral_batches, U, V, 4, 5)
     refused(lambda: call(refine=True, exclude=torch.zeros(7, dtype=torch.int64)), "exclude is (7,)", "one integer for each sample")
     refused(lambda: call(exclude=torch.zeros(20, dtype=torch.int64)), "refine False", "refine=True")
+    u, v = views(1040)
+    refused(lambda: spectral_batches(u, v, 8, 130, refine=True, exclude=torch.arange(1040)), "windows of 1040 samples", "at most 128")
+    refused(lambda: call(loss="clip"), "loss is 'clip'", "'infonce'")
     for ceiling in (0, 1.5, math.nan):
         refused(lambda: call(ceiling=ceiling), f"ceiling is {ceiling}", "0.999")
+
+
+def test_what_is_no_tensor_and_no_integer_is_refused():
+    u, v = U.numpy(), V.numpy()
+    for call in (lambda: batch_losses(u, v, ROWS), lambda: osgd_batches(u, v, 4, 5, 2), lambda: spectral_batches(u, v, 4, 5),
+                 lambda: select_by_loss(u, v, ROWS, 2), lambda: refine_by_loss(u, v, ROWS)):
+        refused(call, "u is of type ndarray", "torch.from_numpy")
+    for call in (lambda: batch_losses(U, V, ROWS.numpy()), lambda: refine_by_weight(U @ U.T, ROWS.tolist())):
+        refused(call, "batches is of type", "torch tensor")
+    refused(lambda: osgd_batches(U, V, 4., 5, 2), "batch_size is 4.0", "an integer")
+    refused(lambda: osgd_batches(U, V, 4, 5, "2"), "q is '2'", "an integer")
+    refused(lambda: spectral_batches(U, V, 4, None), "k is None", "an integer")
+    refused(lambda: random_batches([1, 2, 3], 2), "number of samples is [1, 2, 3]", "an integer")
+    assert refine_by_weight(U @ U.T, ROWS[:0]).shape == (0, 4) and spectral_affinity(U.half(), V.double(), 4).dtype == torch.float64
 
 
 def test_other_bad_input_is_refused():
