@@ -15,10 +15,12 @@ from figures import COLOURS, canvas
 
 NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "linear": "linear probe", "knn": "20 nearest neighbours",
          **{f"severity_{s}": f"R@1, severity {s}" for s in range(1, 6)}}
-NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "compile", "resume", "log_every", "checkpoint_minutes"}
+NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "compile", "resume", "max_steps", "log_every", "checkpoint_minutes"}
 SAME_VIEWS = ("dataset", "source_size", "image_size", "crop_scale", "jitter", "skip_broken")
+LOGGED = "step", "R1", "seconds_training", "seconds_selecting"  # in each line of log.jsonl
 DRAWS = 4000  # of the bootstrap
 QUERIES, NEAREST = 4, 5  # of the picture of neighbours
+FEWEST = 20  # images that a verdict takes
 
 
 # ------------------------------------------------------------------------------------------------- runs and groups
@@ -35,17 +37,20 @@ def read_runs(words: list[str]) -> list[Run]:
         raise Stop("name the folders of finished runs, for example: python retrieval.py runs/quick-*")
     folders = {}
     for word in words:
-        found = sorted(glob.glob(str(Path(word).expanduser()))) if glob.has_magic(word) else [str(Path(word).expanduser())]
+        found = [str(Path(word).expanduser())]
+        if glob.has_magic(word):  # .old-: run_all.sh's, of other code
+            found = [x for x in sorted(glob.glob(found[0])) if Path(x).is_dir() and ".old-" not in Path(x).name]
         if not found:
-            raise Stop(f"{word} matches nothing: give folders that hold a result.json")
-        folders |= {Path(x).resolve(): Path(x) for x in found if Path(x).is_dir() or not glob.has_magic(word)}
+            raise Stop(f"{word} matches no folder: give folders that hold a result.json")
+        folders |= {Path(x).resolve(): Path(x) for x in found}
     runs = []
     for folder in folders.values():
         try:
             texts = [(folder / name).read_text() for name in ("config.json", "result.json", "log.jsonl")]
             run = Run(folder, json.loads(texts[0])["knobs"], json.loads(texts[1]), list(map(json.loads, texts[2].splitlines())))
             if not {"sampler", "objective", "seed", "data_dir", "limit", "batch_size", *SAME_VIEWS} <= run.knobs.keys() or \
-                    not run.log or not {"seconds_training", "seconds_selecting"} <= run.result.keys():
+                    not run.log or any(not isinstance(line[x], (int, float)) for line in run.log for x in LOGGED) or \
+                    not {"seconds_training", "seconds_selecting"} <= run.result.keys():
                 raise ValueError
         except OSError:
             raise Stop(f"no finished run in {folder}: give folders that hold a result.json, or finish the run with "
@@ -63,22 +68,27 @@ def read_runs(words: list[str]) -> list[Run]:
 def group_runs(runs: list[Run]) -> dict[str, list[int]]:
     """Positions of the runs that differ in seed alone, by a name made of the knobs in which the groups differ."""
     groups = {}
-    for i, run in enumerate(runs):
-        groups.setdefault(json.dumps({k: v for k, v in run.knobs.items() if k not in NOT_COMPARED}, sort_keys=True), []).append(i)
-    order = dict.fromkeys(("sampler", "objective", "embeddings", "select_after", "k", "q", *runs[0].knobs))
+    # What a run of an older commit has no word of counts as absent; steps: those made, as a run may have been stopped or extended.
+    knobs = [{k: v for k, v in {**run.knobs, "steps": run.log[-1]["step"]}.items() if k not in NOT_COMPARED and v not in (None, False)}
+             for run in runs]
+    for i in sorted(range(len(runs)), key=lambda i: runs[i].knobs["seed"]):
+        groups.setdefault(json.dumps(knobs[i], sort_keys=True), []).append(i)
+    groups = dict(sorted(groups.items(), key=lambda x: min(x[1])))
+    order = dict.fromkeys(("sampler", "objective", "embeddings", "select_after", "k", "q", *runs[0].knobs, "steps"))
     named = {}
     for members in groups.values():
-        own, peers, words = runs[members[0]].knobs, [runs[x[0]].knobs for x in groups.values()], []
+        own, peers, words = knobs[members[0]], [knobs[x[0]] for x in groups.values()], []
         for knob in (k for k in order if k not in NOT_COMPARED):
             value = own.get(knob)
             if knob == "sampler" or (any(x.get(knob) != value for x in peers) and value not in (None, False, 0, "simclr")):
                 words.append(value if isinstance(value, str) else knob.replace("_", "-") + ("" if value is True else f" {value}"))
             peers = [x for x in peers if x.get(knob) == value]  # the name says no more than it takes to tell groups apart
-        named[" ".join(words)] = members
-        seeds = [runs[i].knobs["seed"] for i in members]
-        for i, seed in zip(members, seeds):
-            if seeds.count(seed) > 1:
-                raise Stop(f"{runs[i].folder} and another are runs of the same settings and seed {seed}: leave one out")
+        name = " ".join(words)
+        named[name if name not in named else f"{name} ({len(named)})"] = members
+        for i, j in zip(members, members[1:]):
+            if runs[i].knobs["seed"] == runs[j].knobs["seed"]:
+                raise Stop(f"{runs[i].folder} and {runs[j].folder} are runs of the same settings and seed {runs[i].knobs['seed']}: "
+                           "leave one out")
     return named
 
 
@@ -141,6 +151,7 @@ def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.nd
 
 
 def verdict(low: float, high: float) -> str:
+    """Of the interval of a difference; nan: not settled."""
     return "better" if low > 0 else "worse" if high < 0 else "not settled"
 
 
@@ -156,17 +167,20 @@ def table(scores: list[dict[str, np.ndarray]], runs: list[Run], groups: dict[str
         rows.append({"group": group, "seeds": len(members), "images": len(scores[0][names[0]]),
                      "interval_over": "seeds and images" if len(members) > 1 else "images",
                      "difference_over": ("seeds and images" if min(len(x) for x in change) > 1 else "images")
-                     + (", paired by seed" if len(change) == 1 and own.keys() & base.keys() else "")})
+                     + (", paired by seed" if len(change) == 1 and own.keys() & base.keys() else ""),
+                     "difference_seeds": min(map(len, change))})
     found = iter(intervals(estimates).tolist())
     for row, members in zip(rows, groups.values()):
         for name in names:
             row[name], *row[f"{name}_interval"] = next(found)
         row["difference"], *row["difference_interval"] = next(found)
-        row["verdict"] = verdict(*row["difference_interval"])
+        # Another seed can turn what one seed shows, and what a handful of images show is chance.
+        settled = row["difference_seeds"] > 1 and row["images"] >= FEWEST
+        row["verdict"] = verdict(*row["difference_interval"]) if settled else "not settled"
         for what in ("seconds_training", "seconds_selecting"):
             row[what] = float(np.mean([runs[i].result[what] for i in members]))
         if row["group"] == baseline:
-            row |= {"difference": None, "difference_interval": None, "difference_over": None, "verdict": "baseline"}
+            row |= {"difference": None, "difference_interval": None, "difference_over": None, "difference_seeds": None, "verdict": "baseline"}
     return rows
 
 
@@ -182,8 +196,10 @@ def markdown(rows: list[dict], baseline: str) -> str:
                 return ""
             low, high = row[f"{name}_interval"]
             return f"{100 * row[name]:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-        over_images = row["interval_over"] == "images" or (row["difference_over"] or "").startswith("images")
-        lines.append([row["group"], f"{row['seeds']}" + (" (intervals over images only)" if over_images else ""), *map(cell, names),
+        seeds, note = row["difference_seeds"] or row["seeds"], " (intervals over images only)" if row["seeds"] == 1 else ""
+        if row["seeds"] > seeds:
+            note = f" (difference: {seeds})" if seeds > 1 else " (difference over images only)"
+        lines.append([row["group"], f"{row['seeds']}{note}", *map(cell, names),
                       cell("difference", "+"), row["verdict"], f"{row['seconds_training']:.0f}", f"{row['seconds_selecting']:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -204,10 +220,11 @@ def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
     found = {}
     for group, members in groups.items():
         logs = [runs[i].log for i in members]
-        length = min(map(len, logs))
-        found[group] = {"seeds": [runs[i].knobs["seed"] for i in members], "steps": [line["step"] for line in logs[0][:length]],
-                        "seconds": [[line["seconds_training"] + line["seconds_selecting"] for line in log[:length]] for log in logs],
-                        "R1": [[line["R1"] for line in log[:length]] for log in logs]}
+        steps = sorted(set.intersection(*({line["step"] for line in log} for log in logs)))  # of all, wherever one was stopped
+        logs = [[{line["step"]: line for line in log}[step] for step in steps] for log in logs]
+        found[group] = {"seeds": [runs[i].knobs["seed"] for i in members], "steps": steps,
+                        "seconds": [[line["seconds_training"] + line["seconds_selecting"] for line in log] for log in logs],
+                        "R1": [[line["R1"] for line in log] for log in logs]}
     return found
 
 
@@ -215,11 +232,13 @@ def cost(found: dict[str, dict], baseline: str, target: float | None, seed: int 
     """A row for each group: steps and seconds at which its mean curve first reaches the target, and their ratios to the baseline's.
 
     target None: what the baseline's mean curve ends at, in each draw of the bootstrap over seeds its own. Where the
-    baseline does not reach a given target its whole run counts, so that ratios are at most too large.
+    baseline does not reach a given target its whole run counts, so that ratios are at most too large. Seconds are the mean over
+    seeds in each draw: how they differ is the machine's doing. A ratio has an interval where both groups have several seeds.
     """
     def draw(group: str, weights: np.ndarray) -> tuple[np.ndarray, ...]:
         steps = np.broadcast_to(np.array(found[group]["steps"], float), (len(weights), len(found[group]["steps"])))
-        return weights @ np.array(found[group]["R1"]), steps, weights @ np.array(found[group]["seconds"])
+        seconds = np.broadcast_to(np.mean(found[group]["seconds"], 0), steps.shape)
+        return weights @ np.array(found[group]["R1"]), steps, seconds
 
     def weights(group: str) -> np.ndarray:  # the first row is the plain mean; groups of the same seeds get the same weights
         n = len(found[group]["seeds"])
@@ -236,7 +255,7 @@ def cost(found: dict[str, dict], baseline: str, target: float | None, seed: int 
             reached = first_at(goal, y, own)
             ratio = reached / other
             low, high = np.quantile(ratio[1:], (0.025, 0.975), method="lower" if np.isinf(ratio).any() else "linear")
-            row |= {name: reached[0], f"{name}_ratio": ratio[0], f"{name}_ratio_interval": [low, high] if row["seeds"] > 1 else None}
+            row |= {name: reached[0], f"{name}_ratio": ratio[0], f"{name}_ratio_interval": [low, high] if min(row["seeds"], len(found[baseline]["seeds"])) > 1 else None}
         rows.append({k: finite(v) for k, v in row.items()})
     return rows
 

@@ -39,6 +39,7 @@ def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callabl
     are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or OSError, with one line, for a set that is absent or not complete.
     """
     name, url = OFFICIAL[dataset]
+    data_dir = data_dir.parent if data_dir.is_file() else data_dir  # a zip of the clean images
     found = [path for path in (data_dir, *sorted(data_dir.iterdir())) if path.is_dir() and path.name.lower() == name.lower()]
     if not found:
         raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")

@@ -12,10 +12,12 @@ import functools
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,7 @@ KNOBS = {
     "target": (None, "float > 0 < 1", "R@1 to reach, between 0 and 1 (default: the baseline's mean at its end)"),
     "out": ("results", str, "folder of the table and the figures"),
 }
-VERSION = 1  # raise it when a task's scores change: kept scores are then computed anew
+MADE_BY = "retrieval.py", "corruptions.py", "probe.py", "model.py", "augment.py", "data.py", "deadleaves.py"  # what scores depend on
 
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -66,7 +68,7 @@ def partner_ranks(u: Tensor, v: Tensor) -> Tensor:
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise ValueError("u or v holds NaN or infinity: embed with a model whose loss is finite")
     u, v = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1) for x in (u, v))
-    n, bound = len(u), (u * v).sum(1) - 8 * torch.finfo(u.dtype).eps
+    n, bound = len(u), (u * v).sum(1) - (8 + u.shape[1] ** 0.5) * torch.finfo(u.dtype).eps
     ranks = u.new_zeros(2, n)  # counts are exact up to 2^24
     rows = max(1, 2 ** 23 // n)
     scratch, ones = u.new_empty(2, min(rows, n), n), u.new_ones(n)
@@ -80,7 +82,7 @@ def partner_ranks(u: Tensor, v: Tensor) -> Tensor:
             ranks[1] += ones[:len(s)] @ s.ge_(bound)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-    return ranks.long()
+    return ranks.long().clamp(min=1)
 
 
 def retrieval_metrics(u: Tensor, v: Tensor) -> dict[str, float]:
@@ -107,7 +109,7 @@ def own_version_ranks(u: Tensor, v: Tensor) -> Tensor:
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise ValueError("u or v holds NaN or infinity: embed with a model whose loss is finite")
     s = F.normalize(u, dim=2) @ F.normalize(v, dim=2).mT
-    bound = s.diagonal(dim1=1, dim2=2) - 8 * torch.finfo(s.dtype).eps
+    bound = s.diagonal(dim1=1, dim2=2) - (8 + u.shape[2] ** 0.5) * torch.finfo(s.dtype).eps
     return torch.stack([(s >= bound[:, :, None]).sum(2), (s >= bound[:, None]).sum(1)])
 
 
@@ -228,6 +230,12 @@ def data_folder(run: compare.Run, knobs: dict) -> Path:
     return Path(knobs["data_dir"] or run.knobs["data_dir"]).expanduser()
 
 
+@functools.cache
+def code() -> str:
+    """Digest of the code that scores depend on: kept ones of other code are computed anew."""
+    return data.digest(b"".join(Path(__file__).with_name(name).read_bytes() for name in MADE_BY))
+
+
 def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
     """What is to be computed of a run: settings by the title of the table that the scores go to."""
     quick = run.knobs["dataset"] == "deadleaves"
@@ -241,31 +249,30 @@ def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
     if knobs["probe"]:
         tasks["probe"] = {}
     return {title + ", recalibrated" * (batches > 0): {"task": title, **own, "limit": limit, "seed": knobs["seed"],
-                                                       "recalibrate_batches": batches, "version": VERSION}
+                                                       "recalibrate_batches": batches, "code": code()}
             for batches in (0, *[knobs["recalibrate_batches"]] * knobs["recalibrate"]) for title, own in tasks.items()}
 
 
-def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, device: torch.device):
-    """Yields (title, arrays, digest of the images) of each of the settings `wanted`, by title. folder: of the data."""
+def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple[Tensor, Tensor, Tensor], device: torch.device):
+    """Yields (title, arrays) of each of the settings `wanted`, by title. folder: of the data; val: what load() gives of them."""
     model = load_checkpoint(run.folder / "checkpoint.pt", run.knobs).to(device, memory_format=torch.channels_last)
     size, clean, first = run.knobs["image_size"], corruptions.clean_folder(folder), next(iter(wanted.values()))
     views = functools.partial(augmented, size=size, crop_scale=run.knobs["crop_scale"], jitter=run.knobs["jitter"], device=device)
-    images, labels, rows = load(run, "val", clean, first["limit"])
+    images, labels, rows = val
     if any(s["recalibrate_batches"] or s["task"] == "probe" for s in wanted.values()):
         train_images, train_labels, train_rows = load(run, "train", clean, run.knobs["limit"])
     if any("built-in" in s["task"] for s in wanted.values()):
         corrupted = corruptions.built_in(images, first["seed"])
     elif any("corruptions" in s["task"] for s in wanted.values()):  # checked before anything is computed
         corrupted = corruptions.official(run.knobs["dataset"], folder, labels, images.shape[-1])
-    digest = data.digest(images[rows[::max(1, len(rows) // 256)]].numpy().tobytes() + labels[rows].numpy().tobytes())
     recalibrated = 0
     for title, s in wanted.items():
         if s["recalibrate_batches"] != recalibrated:
             recalibrated = s["recalibrate_batches"]
             generator = torch.Generator().manual_seed(s["seed"])
-            draws = torch.rand(recalibrated, len(train_rows), generator=generator)  # a batch is the greatest of each row
-            view = views(train_images, generator)
-            recalibrate(model, (view(train_rows[draw.topk(run.knobs["batch_size"]).indices].repeat(2)) for draw in draws))
+            view, size = views(train_images, generator), min(run.knobs["batch_size"], len(train_rows))
+            recalibrate(model, (view(train_rows[torch.randperm(len(train_rows), generator=generator)[:size]].repeat(2))
+                                for _ in range(recalibrated)))
         if s["task"] == "two views":
             found = two_views(model, images, rows, views, s["repeats"], s["seed"])
         elif s["task"] == "probe":
@@ -274,13 +281,20 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, device: tor
         else:
             few = rows[data.limit_indices(labels[rows], min(s["images"] or len(rows), len(rows)))]
             found = own_versions(model, few, corrupted, views, s["seed"])
-        yield title, found, digest
+        yield title, found
 
 
 def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, tuple[str, dict[str, np.ndarray]]]:
     """(digest of the images, arrays) by title, from results.json and .npz beside the checkpoint, or computed and kept there."""
     checkpoint, kept, kept_arrays = (run.folder / name for name in ("checkpoint.pt", "results.json", "results.npz"))
-    settings = plan(run, knobs)
+    settings, folder = plan(run, knobs), data_folder(run, knobs)
+    try:
+        val = images, labels, rows = load(run, "val", corruptions.clean_folder(folder), settings["two views"]["limit"])
+    except (ValueError, OSError) as error:
+        raise Stop(f"{run.folder}: {error}") from None
+    digest = data.digest(images[rows[::max(1, len(rows) // 256)]].numpy().tobytes() + labels[rows].numpy().tobytes())
+    for s in settings.values():
+        s |= {"images_digest": digest} | ({"folder": data.digest(str(folder.resolve()))} if knobs["corruptions"] == "official" else {})
     keys = {title: " ".join(f"{name}={value}" for name, value in s.items()) for title, s in settings.items()}
     try:
         fingerprint = [checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
@@ -290,8 +304,8 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
         with np.load(kept_arrays, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file}
         record = {key: entry for key, entry in json.loads(kept.read_text()).items()
-                  if entry["checkpoint"] == fingerprint and any(name.startswith(f"{key}/") for name in arrays)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+                  if entry["checkpoint"] == fingerprint and entry["settings"]["code"] == code() and any(name.startswith(f"{key}/") for name in arrays)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
         record, arrays = {}, {}
     arrays = {name: x for name, x in arrays.items() if name.split("/")[0] in record}
     missing = {title: s for title, s in settings.items() if keys[title] not in record}
@@ -299,7 +313,7 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
         print(f"{run.folder}: read from {kept.name}", flush=True)
     began = time.perf_counter()
     try:
-        for title, found, digest in compute(run, missing, data_folder(run, knobs), device) if missing else ():
+        for title, found in compute(run, missing, folder, val, device) if missing else ():
             scores, task = summary(settings[title]["task"], found), settings[title]["task"]
             count = len(next(iter(image_scores(task, found).values())))
             record[keys[title]] = {"settings": settings[title], "checkpoint": fingerprint, "images": count, "images_digest": digest,
@@ -313,6 +327,8 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
             began = time.perf_counter()
     except (ValueError, OSError) as error:
         raise Stop(f"{run.folder}: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise Stop(f"{run.folder}: its images do not fit into memory: give a smaller --limit or another --device") from None
     return {title: (record[key]["images_digest"], {name.split("/")[1]: x for name, x in arrays.items() if name.startswith(f"{key}/")})
             for title, key in keys.items()}
 
@@ -352,6 +368,9 @@ def main(argv: list[str]) -> int:
         groups = {baseline: groups[baseline], **groups}
         try:
             out.mkdir(parents=True, exist_ok=True)
+            for folder in (out, *(run.folder for run in runs)):
+                if not os.access(folder, os.W_OK):
+                    raise Stop(f"{folder} cannot be written; allow it" + "; or give another --out" * (folder == out))
         except OSError as error:
             raise Stop(f"--out {out}: {error.strerror}; give another folder") from None
         found = [evaluate(run, knobs, device) for run in runs]
@@ -370,8 +389,8 @@ def main(argv: list[str]) -> int:
             print(f"\ncost to reach the target along training, on log.jsonl's R@1; 95 % intervals over seeds\n\n"
                   f"{compare.cost_markdown(rows, baseline)}")
             save(compare.draw_curves(record["curves"], runs, groups, rows[0]["target"]), out / "curve")
-        save(neighbours(runs, groups, found, knobs), out / "neighbours")
         write_atomically(out / "retrieval.json", json.dumps(record, indent=1).encode())
+        save(neighbours(runs, groups, found, knobs), out / "neighbours")
         print(f"\n{', '.join(sorted(str(out / name) for name in ['retrieval.json', 'neighbours.png'] + ['curve.png'] * knobs['curve']))}")
     except Stop as stop:
         print(f"retrieval.py: error: {stop}", file=sys.stderr)

@@ -50,6 +50,14 @@ def test_metrics_reference_and_errors():
             retrieval_metrics(u, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [32, 2048])
+def test_a_partner_in_the_same_direction_is_first(dtype, D):
+    u = torch.randn(600, D, dtype=dtype, generator=Generator().manual_seed(0))
+    assert (partner_ranks(u, 3.3 * u) == 1).all()
+    assert (own_version_ranks(u.view(100, 6, D), 3.3 * u.view(100, 6, D)) == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_ties_count_against_the_model_also_up_to_rounding(dtype):
     same = torch.randn(1, 50, generator=Generator().manual_seed(0)).to(dtype).expand(1003, 50)
@@ -270,6 +278,15 @@ def test_a_difference_is_found_and_none_is_not(seeds, monkeypatch):
         assert rates[1.5]["better"] > 0.9 and rates[-1.5]["worse"] > 0.9
 
 
+def test_pairs_by_image_are_narrower():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=400)
+    x, y = ({s: images + 0.1 * rng.normal(size=400) for s in range(3)} for _ in range(2))
+    apart = {s: rng.permutation(one) for s, one in y.items()}
+    paired, unpaired = (np.diff(compare.intervals([compare.difference(x, other)])[0, 1:])[0] for other in (y, apart))
+    assert paired < 0.5 * unpaired
+
+
 def test_intervals_of_means():
     """Against closed forms: Student's t over seeds, the normal over images."""
     rng = np.random.default_rng(0)
@@ -293,7 +310,7 @@ def test_pairs():
     assert compare.difference(a, {9: np.zeros(4)})[0].tolist() == [[2] * 4]  # the mean of all
 
 
-def made_up_run(sampler, seed, log=(), **knobs):
+def made_up_run(sampler, seed, log=({"step": 9, "R1": 0.5, "seconds_training": 1.0, "seconds_selecting": 0.0},), **knobs):
     template = {name: default for name, (default, *_) in train.KNOBS.items()}
     return compare.Run(Path(f"{sampler}-{seed}"), {**template, "sampler": sampler, "seed": seed, **knobs},
                        {"seconds_training": 10.0 + seed, "seconds_selecting": 2.0}, list(log))
@@ -311,17 +328,25 @@ def test_groups_have_short_names():
     assert compare.pick_baseline(groups, runs, None) == "random" and compare.pick_baseline(groups, runs, "osgd") == "osgd"
     with pytest.raises(compare.Stop, match="did you mean refined fresh"):
         compare.pick_baseline(groups, runs, "refined fres")
-    with pytest.raises(compare.Stop, match="same settings and seed 1"):
+    with pytest.raises(compare.Stop, match="osgd-1 and osgd-1 are runs of the same settings and seed 1"):
         compare.group_runs(runs + [made_up_run("osgd", 1, k=32, q=8)])
+    short = made_up_run("osgd", 2, [{**runs[0].log[0], "step": 4}], k=32, q=8, max_steps=4)  # stopped, so no seed of theirs
+    assert list(compare.group_runs([runs[2], runs[9], short])) == ["osgd steps 9", "osgd steps 4"]
+    old = made_up_run("osgd", 0, k=32, q=8)
+    del old.knobs["lowest"], old.knobs["select_after"]  # of a commit that had no such knobs
+    assert list(compare.group_runs([runs[9], old]).values()) == [[1, 0]]
 
 
 def test_table_says_what_the_interval_is_over():
     rng = np.random.default_rng(0)
-    runs = [made_up_run(sampler, seed) for sampler in ("random", "osgd") for seed in (0, 1, 2)] + [made_up_run("refined", 0)]
-    every = [{"R1": (rng.random(300) < p).astype(float), "mrr": np.full(300, p)} for p in (0.3,) * 3 + (0.7,) * 4]
+    runs = [made_up_run(sampler, seed) for sampler in ("random", "osgd", "spectral") for seed in (0, 1, 2)] + [made_up_run("refined", 0)]
+    hard = 0.4 * rng.random(300)  # images differ, for all runs alike
+    every = [{"R1": (rng.random(300) < p - 0.2 + hard).astype(float), "mrr": np.full(300, p)} for p in (0.3,) * 3 + (0.7,) * 3 + (0.3,) * 3 + (0.7,)]
     groups = compare.group_runs(runs)
     rows = {row["group"]: row for row in compare.table(every, runs, groups, "random")}
-    assert rows["random"]["verdict"] == "baseline" and rows["osgd"]["verdict"] == "better" == rows["refined"]["verdict"]
+    assert rows["random"]["verdict"] == "baseline" and rows["osgd"]["verdict"] == "better"
+    assert rows["spectral"]["verdict"] == "not settled" == rows["refined"]["verdict"]  # no difference; one seed
+    assert rows["refined"]["difference_interval"][0] > 0.2
     assert rows["osgd"]["difference_over"] == "seeds and images, paired by seed" and rows["refined"]["difference_over"] == "images, paired by seed"
     assert rows["osgd"]["R1"] == pytest.approx(np.mean([x["R1"] for x in every[3:6]]))
     low, high = rows["osgd"]["difference_interval"]
@@ -329,7 +354,7 @@ def test_table_says_what_the_interval_is_over():
     assert rows["osgd"]["difference"] == pytest.approx(rows["osgd"]["R1"] - rows["random"]["R1"])
     assert rows["osgd"]["seconds_training"] == 11 and rows["osgd"]["seconds_selecting"] == 2
     text = compare.markdown(list(rows.values()), "random").splitlines()
-    assert "over images only" in text[4] and "over images only" not in text[3] and "better" in text[3] and f"{100 * low:+.1f}" in text[3]
+    assert "over images only" in text[5] and "over images only" not in text[3] and "better" in text[3] and f"{100 * low:+.1f}" in text[3]
 
 
 def test_cost_to_a_target():
@@ -351,6 +376,11 @@ def test_cost_to_a_target():
     assert rows["spectral"]["steps"] is None and rows["spectral"]["steps_ratio_interval"] is None
     text = compare.cost_markdown(list(rows.values()), "random")
     assert "not reached" in text.splitlines()[4] and "not reached" not in text.splitlines()[3]
+    assert rows["random"]["seconds_ratio_interval"] == [1, 1] and min(rows["osgd"]["seconds_ratio_interval"]) > 0
+    mixed = compare.group_runs(runs[::-1])  # the order of the words changes nothing
+    assert {r["group"]: r["steps_ratio_interval"] for r in compare.cost(compare.curves(runs[::-1], mixed), "random", None)}["osgd"] == [low, high]
+    alone = compare.cost(compare.curves(runs[2:], compare.group_runs(runs[2:])), "random", None)
+    assert [row["steps_ratio_interval"] for row in alone] == [None] * 3  # one seed of random
     higher = {row["group"]: row for row in compare.cost(found, "random", 0.6)}  # the baseline's whole run counts
     assert higher["random"]["steps"] is None and higher["osgd"]["steps_ratio"] == pytest.approx(0.6 / 0.81)
 
@@ -429,7 +459,10 @@ def test_everything_and_again_from_what_is_kept(runs, tmp_path, monkeypatch, cap
         retrieval.main(small(runs, tmp_path / "again", *words, "--seed", "1"))
 
 
-def test_stale_and_damaged_results_are_made_anew(runs, tmp_path, capsys):
+PLAIN = {name: default for name, (default, *_) in retrieval.KNOBS.items()}
+
+
+def test_stale_and_damaged_results_are_made_anew(runs, tmp_path, capsys, monkeypatch):
     run = tmp_path / "random-0"
     shutil.copytree(runs / "random-0", run, ignore=shutil.ignore_patterns("results.*"))
     argv = small(runs, tmp_path / "out", str(run))
@@ -443,6 +476,20 @@ def test_stale_and_damaged_results_are_made_anew(runs, tmp_path, capsys):
     assert len({re.sub(r"\(.*", "", line) for line in lines[:4]}) == 1  # the same number each time
     assert retrieval.main([*argv[:-2], "--out", str(tmp_path / "out"), "--repeats", "1"]) == 0  # other settings: both are kept
     assert len(json.loads((run / "results.json").read_text())) == 2
+    monkeypatch.setattr(retrieval, "code", lambda: "other")  # code: what is kept of the old one goes
+    assert retrieval.main(argv) == 0 and len(json.loads((run / "results.json").read_text())) == 1
+    arrays = bytearray((run / "results.npz").read_bytes())
+    for i in range(100, len(arrays), len(arrays) // 12):  # single bits flip
+        (run / "results.npz").write_bytes(arrays[:i] + bytes([arrays[i] ^ 4]) + arrays[i + 1:])
+        compare.read_runs([str(run)]), retrieval.evaluate(compare.read_runs([str(run)])[0], PLAIN | {"limit": 64}, torch.device("cpu"))
+    capsys.readouterr()
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *x, **y: [255 - load(*x, **y)[0], load(*x, **y)[1]])  # the images themselves
+    assert retrieval.main(argv) == 0 and "read from" not in capsys.readouterr().out
+    def gone(*_, **__):
+        raise FileNotFoundError("no images in nowhere")
+    monkeypatch.setattr(data, "load", gone)
+    assert "no images in nowhere" in refusal(capsys, *argv)
 
 
 def refusal(capsys, *argv):
@@ -480,7 +527,8 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     run = str(runs / "random-0")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "file").write_text("")
-    for argv, words in ((["--curve"], "name the folders"), ([str(tmp_path / "unfinished")], "--resume"), ([str(runs / "x*")], "matches nothing"),
+    for argv, words in ((["--curve"], "name the folders"), ([str(tmp_path / "unfinished")], "--resume"), ([str(runs / "x*")], "matches no folder"),
+                        ([str(tmp_path / "fil*")], "matches no folder"),
                         ([run, "--baseline", "randon"], "did you mean random?"), ([run, "--repeats", "0"], "--repeats 0"),
                         ([run, "--target", "52"], "--target 52"), ([run, "--corruption", "built-in"], "did you mean --corruptions?"),
                         ([run, "--corruptions", "builtin"], "did you mean built-in?"), ([run, "--corruptions", "official"], "built-in"),
