@@ -87,6 +87,12 @@ def plan(jobs: int) -> None:
     if device.type == "cuda":
         pairs = tuple(x.to(device) for x in pairs)
         window = repeated(lambda: spectral_batches(*pairs, 32, 40, 0.1, g))
+
+    def speed(knobs: dict) -> tuple[float, float]:
+        key = knobs["image_size"], knobs["source_size"] or data.SOURCE_SIZE[knobs["dataset"]], knobs["batch_size"]
+        if key not in measured:
+            measured[key] = measure(*key, device)
+        return measured[key]
     print(f"{'':<7}{'estimate':>9}  command")
     for line in filter(None, sys.stdin.read().split("\n")):
         act, name, why, last, command = line.split("\t")
@@ -98,9 +104,7 @@ def plan(jobs: int) -> None:
             knobs = train.settle(words[1:])
             images = min({"cifar100": 50_000, "tinyimagenet": 100_000}.get(knobs["dataset"], 1 << 62), knobs["limit"] or 1 << 62)
             size, b, side = knobs["image_size"], knobs["batch_size"], knobs["source_size"] or data.SOURCE_SIZE[knobs["dataset"]]
-            if (size, b) not in measured:
-                measured[size, b] = measure(size, side, b, device)
-            step, view = measured[size, b]
+            step, view = speed(knobs)
             steps = min(knobs["epochs"] * (images // b), knobs["max_steps"] or 1 << 62)
             log = Path(knobs["out_dir"], "log.jsonl")
             there = json.loads(log.read_text().splitlines()[-1])["step"] if act == "resume" and log.exists() and log.read_text() else 0
@@ -115,13 +119,19 @@ def plan(jobs: int) -> None:
         elif last.isdigit() and why != "its command changed":
             took = int(last)
         elif words[0] == "retrieval.py":
-            took = sum(word.startswith("runs/") for word in words) * RETRIEVAL_VIEWS[name != "retrieval-deadleaves"] * min((v for _, v in measured.values()), default=0)
+            folders, dataset = [word for word in words if word.startswith("runs/")], name.split("-")[1]
+            try:  # of a run that there is; one that is to be made has the defaults, or the sizes of its data set
+                knobs = json.loads(Path(folders[0], "config.json").read_text())["knobs"]
+            except (OSError, ValueError, LookupError):
+                size = {"retrieval-cifar100-own": ["--image-size", "32"], "retrieval-tinyimagenet-own": ["--image-size", "64"]}.get(name, [])
+                knobs = train.settle(["--dataset", dataset, *size])
+            took = len(folders) * RETRIEVAL_VIEWS[dataset != "deadleaves"] * speed(knobs)[1]
         else:
             took = pace * REFERENCE.get(name, (0, 0))["--quick" not in words]
         total += took
         print(f"{act:<7}{clock(took) if act != 'skip' else '-':>9}  {shlex.join(['python', *words])}    # {why}")
     print(f"{'sum':<7}{clock(total):>9}" + (f"; {clock(total - training + training / jobs)} with --jobs {jobs} where each has a GPU to itself" if jobs > 1 else ""))
-    for (size, b), (step, view) in list(measured.items()):
+    for (size, side, b), (step, view) in list(measured.items()):
         print(f"measured at {size} px on {device}: {1000 * step:.1f} ms a training step of 2 x {b} views, {1 / view:,.0f} embedded views/s")
         if device.type == "cuda":
             four, memory = measure(size, side, 4 * b, device)[0], torch.cuda.max_memory_allocated(device)

@@ -103,20 +103,6 @@ def clock(seconds: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- what the files say
-def read(path: Path, wanted: list[str], missing: list, command: str) -> dict | None:
-    """The JSON of a file that has the keys `wanted`; otherwise None, and a line in `missing`."""
-    try:
-        record = json.loads(path.read_text())
-        if not isinstance(record, dict) or not set(wanted) <= set(record):
-            raise ValueError
-        return record
-    except FileNotFoundError:
-        missing.append((str(path), "not there", command))
-    except (OSError, ValueError):
-        missing.append((str(path), "cannot be read", command))
-    return None
-
-
 def claim_rows(claims: list[dict]) -> list[list[str]]:
     return [[c["claim"], number(c["measured"]), span(c["interval"]), c["form"],
              VERDICTS.get(c["verdict"], c["verdict"])] for c in claims]
@@ -137,56 +123,66 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
         sources.append([what, record.get("time", "–")[:16].replace("T", " "), re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", record.get("commit", "–")),
                         record.get("device", "–"), record.get("versions", {}).get("torch", "–"), record.get("command", "–")])
 
+    def section(path: Path, made_by: str, tell) -> None:
+        """Puts tell(the JSON of the file) on the page; a file that is absent, damaged or foreign is named instead."""
+        lengths = [(x, len(x)) for x in (sources, body)]
+        try:
+            tell(json.loads(path.read_text()))
+        except FileNotFoundError:
+            missing.append((str(path), "not there", made_by))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            for x, length in lengths:
+                del x[length:]
+            missing.append((str(path), "cannot be read", made_by))
+
     def figure(path: Path, caption: str, made_by: str) -> None:
-        missing.append((str(path), "not there", made_by)) if not path.exists() else body.append(
+        missing.append((str(path), "not there", made_by)) if not path.is_file() else body.append(
             ("figure", os.path.relpath(path, results), caption))
 
     # theory
     body.append(("h2", "The theory, on free embeddings"))
     for name, statement in EXPERIMENTS.items():
         made_by = f"python synthetic.py --experiment {name} --out {results}/synthetic"
-        record = read(results / f"synthetic/{name}.json", ["claims", "command"], missing, made_by)
-        if record:
+
+        def theory(record: dict) -> None:
+            table = ("table", CLAIM, claim_rows(record["claims"]), tally(record["claims"]))
             source(f"synthetic {name}", record)
-            claims[name] = record["claims"]
-            body += [("h3", name.capitalize()), ("p", statement)]
+            body.extend([("h3", name.capitalize()), ("p", statement)])
             figure(results / f"synthetic/{name}.png", f"{name}: {tally(record['claims'])}", made_by)
-            body.append(("table", CLAIM, claim_rows(record["claims"]), tally(record["claims"])))
-            body.append(("pre", record["command"]))
+            body.extend([table, ("pre", record["command"])])
+            claims[name] = record["claims"]
+        section(results / f"synthetic/{name}.json", made_by, theory)
 
     # training
-    runs = {}
-    for folder in sorted(path for path in runs_folder.glob("*") if (path / "config.json").exists() and ".old-" not in path.name):
-        record = read(folder / "result.json", ["R1", "R5", "loss", "knobs", "seconds_training", "seconds_selecting", "command"], missing,
-                      "bash run_all.sh train (goes on with it)")
-        if record:
-            runs[folder.name] = record
-            source(f"run {folder.name}", record)
     body.append(("h2", "Training on chosen batches"))
-    if not runs:
+    rows = []
+    for folder in sorted(path for path in runs_folder.glob("*") if (path / "config.json").exists() and ".old-" not in path.name):
+        def run(r: dict) -> None:
+            row = [folder.name, f"{100 * r['R1']:.1f} %", f"{100 * r['R5']:.1f} %", number(r["loss"]), f"{r['step']:,}", clock(r["seconds_training"]),
+                   clock(r["seconds_selecting"]), f"{r['validation_images']:,}"]
+            source(f"run {folder.name}", r)
+            rows.append(row)
+        section(folder / "result.json", "bash run_all.sh train (goes on with it)", run)
+    if not rows:
         missing.append((f"{runs_folder}/*/result.json", "no finished run", "bash run_all.sh train"))
     else:
         body.append(("p", "R@1 and R@5 are those of finding an image's second view among all validation images that a run looks at. The loss is "
                      "that of the batches trained on, so it does not compare samplers."))
-        body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"],
-                     [[name, f"{100 * r['R1']:.1f} %", f"{100 * r['R5']:.1f} %", number(r["loss"]), f"{r['step']:,}", clock(r["seconds_training"]),
-                       clock(r["seconds_selecting"]), f"{r['validation_images']:,}"] for name, r in runs.items()], ""))
-    evaluated = sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")])
-    if not evaluated:
-        missing.append((f"{results}/retrieval.json", "not there", "bash run_all.sh retrieval"))
-    for path in evaluated:
-        record = read(path, ["baseline", "command"], missing, "bash run_all.sh retrieval")
-        if record:
-            where = "generated images" if path.parent == results else path.parent.name
+        body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"], rows, ""))
+    for path in sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")]) or [results / "retrieval.json"]:
+        where = "generated images" if path.parent == results else path.parent.name
+
+        def evaluated(record: dict) -> None:
             source(f"retrieval, {where}", record)
             for picture in ["curve"] * ("cost" in record) + ["neighbours"]:
                 figure(path.parent / f"{picture}.png", f"{where}: {picture}", "bash run_all.sh retrieval")
             retrieval(record, where, body, claims)
+        section(path, "bash run_all.sh retrieval", evaluated)
 
     # samplers
     body.append(("h2", "The samplers"))
-    record = read(results / "samplers.json", ["samplers", "growth", "command"], missing, f"python bench.py samplers --out {results}/samplers.json")
-    if record:
+
+    def samplers(record: dict) -> None:
         source("samplers", record)
         body.append(("p", f"Windows of k = {record['k']} batches of {record['batch_size']}, temperature {record['temperature']}, embeddings: "
                      f"{record['embeddings']}. Excess: mean batch loss over that of random batches; relative: to that of the paper's released method."))
@@ -198,15 +194,18 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
                      [[f"{r['pairs']:,}", *(number(r[x]) for x in ("random", "windows", "all", "seconds", "us_a_pair", "MB"))]
                       for r in record["growth"]], ""))
         body.append(("pre", record["command"]))
+    section(results / "samplers.json", f"python bench.py samplers --out {results}/samplers.json", samplers)
 
     # costs
     body.append(("h2", "Costs"))
     stages = {}
     for stamp in sorted((runs_folder / ".steps").glob("[!.]*")):
-        lines = stamp.read_text(errors="replace").splitlines() if not stamp.name.endswith(".log") else []
+        lines = stamp.read_text(errors="replace").splitlines() if stamp.is_file() and not stamp.name.endswith(".log") else []
         found = re.fullmatch(r"finished (\S+) in (\d+)", lines[0]) if len(lines) > 1 else None
+        if len(lines) > 1 and lines[0] == "begun":
+            missing.append((str(stamp), "begun, not finished: what the page has of it is older", lines[1]))
         if found:
-            script = lines[1].split()[1].removesuffix(".py")
+            script = (lines[1].split() + ["", ""])[1].removesuffix(".py")
             stages.setdefault(script, []).append((stamp.name, found[1], int(found[2])))
     if stages:
         body.append(("p", "Seconds that a step took when it last ran to its end; of an interrupted run, from where it went on."))

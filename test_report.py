@@ -90,7 +90,7 @@ def test_numbers_verdicts_and_commands_are_there(full):
     assert "<b>rises</b>" not in page and "&lt;b&gt;rises&lt;/b&gt; | falls" in page
     assert "<=" not in re.sub(r"<style>.*</style>", "", page) and "&lt;= 1 &amp; more" in page
     assert [row[2] for block, after in zip(blocks, blocks[1:]) if block == ("h2", "What is missing") for row in after[2]] == [
-        "bash run_all.sh retrieval"]
+        "bash run_all.sh retrieval", "python train.py"]  # the latter begun and not finished
     markdown = report.as_markdown(blocks)
     for expected in ("0.432", "44.4 %", "toy is refuted", "![", "](<synthetic/toy.png>)", r"\<b\>rises\</b\> \| falls"):
         assert expected in markdown, expected
@@ -185,6 +185,33 @@ def test_damaged_and_unfinished_are_named(full):
     assert named["runs/quick-osgd/result.json"] == named["results/synthetic/subsets.png"] == "not there"
     reader, page = read_page(blocks, results)
     assert "10.0 %" not in page and "subsets is refuted" in page
+
+
+@pytest.mark.parametrize("path, change", [
+    ("runs/quick-random/result.json", {"step": None}), ("runs/quick-random/result.json", {"R1": None}),
+    ("runs/quick-random/result.json", {"versions": None}), ("results/synthetic/toy.json", {"claims": None}),
+    ("results/synthetic/toy.json", {"claims": [{"claim": "no interval", "verdict": "holds"}]}), ("results/samplers.json", {"k": ...}),
+    ("results/samplers.json", {"samplers": [{"sampler": "random"}]}), ("results/retrieval.json", {"two views": [{"difference": 1, "R1": 0}]}),
+    ("results/retrieval.json", {"cost": [{"group": "osgd"}]})])
+def test_a_foreign_file_costs_its_own_section_alone(full, path, change):
+    results, runs = full
+    write(results / "retrieval.json", {**MADE, "baseline": "random", "two views": [row("random", None, None, "baseline")]})
+    path = results.parent / path
+    write(path, {k: x for k, x in (json.loads(path.read_text()) | change).items() if x is not ...})
+    blocks = report.build(results, runs)
+    missing = next(blocks[i + 1][2] for i, block in enumerate(blocks) if block == ("h2", "What is missing"))
+    assert [str(path), "cannot be read"] in [line[:2] for line in missing]
+    reader, page = read_page(blocks, results)
+    assert "optima is refuted" in page and "quick-refined" in page and "no interval" not in page
+
+
+def test_folders_in_the_place_of_files(full):
+    results, runs = full
+    (results / "synthetic/toy.png").unlink()
+    (results / "synthetic/toy.png").mkdir()
+    (runs / ".steps/folder").mkdir()
+    write(runs / ".steps/odd", b"finished 2026-03-04T05:06:07+0000 in 61\n\n")
+    assert "optima is refuted" in read_page(report.build(results, runs), results)[1]
 
 
 def test_wrong_usage(tmp_path, capsys):
