@@ -68,7 +68,7 @@ if [ -z "$jobs" ]; then jobs=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1)); fi
 # ---------------------------------------------------------------------------------------------- steps
 failed=() pids=() names=() begun=() slots=1 planned=""
 
-stamp() { { echo "$2"; echo "$3"; } >"$STEPS/.$1.tmp"; sync; mv "$STEPS/.$1.tmp" "$STEPS/$1"; }  # stamp NAME STATE KEY
+stamp() { { echo "$2"; echo "$3"; } >"$STEPS/.$1.tmp"; sync "$STEPS/.$1.tmp" 2>/dev/null || :; mv "$STEPS/.$1.tmp" "$STEPS/$1"; }  # stamp NAME STATE KEY
 
 locked() {  # locked FILE: held by a training process that outlived its script
   "$python" -c 'import fcntl, sys

@@ -253,8 +253,7 @@ SAMPLERS = {"random": [], "osgd": ["--k", "5", "--q", "3"], "spectral": ["--k", 
 
 
 @pytest.mark.parametrize("sampler, objective", [
-    *((s, o) for s in ("random", "osgd", "spectral") for o in ("simclr", "sogclr")),
-    ("refined", "simclr"), ("refined --embeddings fresh", "simclr")])
+    ("random", "sogclr"), ("osgd", "simclr"), ("spectral", "sogclr"), ("refined", "simclr"), ("refined --embeddings fresh", "simclr")])
 def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, leaves, tmp_path):
     flags = ["--sampler", *sampler.split(), "--objective", objective, *SAMPLERS[sampler]]
     whole = start(quick(leaves, tmp_path / "whole", *flags), tmp_path / "whole.txt")
