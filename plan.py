@@ -21,6 +21,7 @@ from bench import clustered
 from cli import Stop
 from lars import LARS
 from model import ContrastiveModel, embed, nt_xent
+from report import clock
 from samplers import spectral_batches
 
 # Seconds, at --quick and in full, of steps that cannot be counted, on two cores of an AMD EPYC on which a window of spectral
@@ -31,10 +32,6 @@ REFERENCE = {"synthetic-toy": (11, 24), "synthetic-optima": (18, 190), "syntheti
 FORWARD = 1.82e9 / 224 ** 2  # multiply-adds of ResNet-18 a pixel of an image; backward takes twice as many
 RETRIEVAL_VIEWS = 30_000, 4_000_000  # embedded to evaluate a run: of generated images, of the -C sets
 A100 = 60e12  # FLOP/s achieved in bfloat16, assumed: a fifth of the peak, as small batches of a small network do
-
-
-def clock(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def repeated(function: Callable[[], object], budget: float = 4) -> float:

@@ -84,7 +84,12 @@ def _check_batches(batches: Tensor, n: int, read: bool, distinct: bool = False) 
             raise ValueError("batches has a row number twice; give each once, as in a partition")
 
 
-def _check_exclude(exclude, n: int, refine: bool) -> Tensor | None:
+def _dense(batch_size: int) -> int:
+    """Rows of the largest window that is solved whole."""
+    return max(min(DENSE_ROWS, DENSE_BATCHES * batch_size), 2 * batch_size)
+
+
+def _check_exclude(exclude, n: int, refine: bool, batch_size: int, k: int) -> Tensor | None:
     if exclude is None:
         return None
     try:
@@ -95,6 +100,9 @@ def _check_exclude(exclude, n: int, refine: bool) -> Tensor | None:
     if exclude.shape != (n,) or exclude.is_floating_point() or exclude.is_complex() or not refine:
         raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype} for {n} samples, refine {refine}; "
                          "give one integer for each sample, and refine=True")
+    if k * batch_size > _dense(batch_size):  # parts of similar rows are mostly of one group
+        raise ValueError(f"exclude is given with windows of {k * batch_size} samples; give a k of at most "
+                         f"{_dense(batch_size) // batch_size}")
     return exclude
 
 
@@ -295,16 +303,13 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     where sizes leave no other way (needs refine and a window solved whole); ceiling, a quantile, 0.999 say: heavier edges weigh no more than
     it, so that near-duplicates attract no more than others. Either leaves refine_by_loss out, which knows of neither.
     Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n, a ceiling
-    outside (0, 1].
+    outside (0, 1], exclude with a window that is not solved whole.
     """
     _check(u, v, temperature, read=True)
     _check_size(len(u), batch_size)
     _check_k(len(u), batch_size, k)
     n = len(u) // batch_size * batch_size
-    exclude = _check_exclude(exclude, len(u), refine)
-    whole = max(min(DENSE_ROWS, DENSE_BATCHES * batch_size), 2 * batch_size)
-    if exclude is not None and min(k * batch_size, n) > whole:
-        raise ValueError(f"exclude is given with windows of {k * batch_size} samples; give a k of at most {whole // batch_size}")
+    exclude = _check_exclude(exclude, len(u), refine, batch_size, k)
     if loss not in ("nt_xent", "infonce"):
         raise ValueError(f"loss is {loss!r}; give 'nt_xent' or 'infonce'")
     if ceiling is not None and not 0 < ceiling <= 1:
@@ -336,7 +341,7 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
 
     batches = []
     for window in torch.arange(n, device=u.device).split(k * batch_size):
-        if len(window) <= whole:
+        if len(window) <= _dense(batch_size):
             batches.append(solve(window))
             continue
         part = min(max(PART_ROWS // batch_size, 2), DENSE_BATCHES)  # batches in a part
@@ -566,12 +571,13 @@ class ContrastiveBatchSampler(Sampler):
 
     A permutation of the n samples is taken in windows of k * B (or `window`) samples. Each is embedded when its turn
     comes and gives k batches ("spectral", Algorithm 1), or the q of highest, or `lowest`, loss ("osgd", Algorithm 6,
-    on as many permutations as an epoch of n // B batches needs). u, v [m, d], two views or two modalities, come from
+    on as many permutations as an epoch of n // B batches needs). By default k is 40, or n // B if that is less, and q a
+    tenth of k; refine, exclude, ceiling, loss and temperature are those of spectral_batches. u, v [m, d], two views or two modalities, come from
     - embed(indices [m]), without gradients, up to max(B, 256) samples a call; set the encoder to eval mode in it; or
     - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come first,
       in random batches: that is all of the first epoch. Without either function every batch is random.
     Of these batches each of world_size processes takes every world_size-th; with torch.distributed, of rank 0's. Give
-    both there, unless the trainer deals batches out by itself, as accelerate does. loss: "infonce" for two modalities.
+    both there, unless the trainer deals batches out by itself, as accelerate does.
     DataLoader workers fetch ahead: windows are then chosen, and state_dict stands, a few batches early.
     Raises ValueError for arguments that do not fit together and, while iterating, for embeddings it cannot use.
     """
@@ -598,7 +604,7 @@ class ContrastiveBatchSampler(Sampler):
         q = max(1, k // 10) if q is None else q
         if method == "osgd" and (exclude is not None or ceiling is not None):
             raise ValueError("method 'osgd' knows neither exclude nor ceiling; leave them out, or give 'spectral'")
-        exclude = _check_exclude(exclude, num_samples, refine)
+        exclude = _check_exclude(exclude, num_samples, refine, batch_size, k)
         two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
         select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature, loss=loss)
         spectral_batches(two, two, 2, 1, temperature, None, refine, None, ceiling, loss)

@@ -334,6 +334,7 @@ def test_bad_arguments_are_refused():
     refused(lambda: make(20, 4, exclude=labels.view(10, 2)), "exclude is (10, 2)", "one integer for each")
     refused(lambda: make(20, 4, exclude=labels.float()), "torch.float32", "one integer for each sample")
     refused(lambda: make(20, 4, exclude=["cat"] * 20), "something else than numbers", "one integer for each", "return_inverse")
+    refused(lambda: make(1040, 8, k=130, exclude=torch.arange(1040)), "windows of 1040 samples", "at most 128")
     refused(lambda: make(20, 4, exclude=labels, refine=False), "refine False", "refine=True")
     for ceiling in (0, 1.5):
         refused(lambda: make(20, 4, ceiling=ceiling), f"ceiling is {ceiling}", "0.999")
