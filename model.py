@@ -15,18 +15,29 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 
-class OnePixelConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 that becomes one small matrix product where its output is a single pixel.
+class SmallMapConv2d(nn.Conv2d):
+    """A 3x3 convolution with padding 1 that becomes one matrix product where its input is at most 2 x 2 pixels.
 
-    Only the taps that meet the image are read; the others would multiply padding. The last stage of ResNet-18 is such
-    at 32 px, and convolution kernels spend half of a training step on its zeros on a CPU. The result is the same.
+    Such are the last stages of ResNet-18 at 32 and 64 px, where most taps multiply padding and a CPU's convolution
+    kernels would spend half of a training step on that. The result is the same. Laying the kernel out is a product as
+    well, for then its gradient comes in the layout of the weight (channels last), and no copy is made.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[2:]
-        if h > self.stride[0] or w > self.stride[1]:
+        n, _, h, w = x.shape
+        if max(h, w) > 2:
             return super().forward(x)
-        return (x.flatten(1) @ self.weight[:, :, 1:1 + h, 1:1 + w].flatten(1).T)[:, :, None, None]
+        kernel = self.weight.permute(0, 2, 3, 1).flatten(1, 2)  # [out channels, 9, in channels]
+        # Taps on one axis, [out, in]: of at most two pixels an output sees each.
+        down, across = (torch.arange(s, device=x.device) - torch.arange(0, s, self.stride[0], device=x.device)[:, None] + 1
+                        for s in (h, w))
+        if h == w == 1:
+            laid_out = kernel[:, 4:5]
+        else:
+            taps = (3 * down[:, None, :, None] + across[:, None]).flatten()  # [pixels out * pixels in]
+            laid_out = (taps[:, None] == torch.arange(9, device=x.device)).to(kernel.dtype) @ kernel
+        out = x.permute(0, 2, 3, 1).flatten(1) @ laid_out.reshape(-1, h * w * self.in_channels).T
+        return out.view(n, self.out_channels, len(down), len(across)).contiguous(memory_format=torch.channels_last)
 
 
 class ContrastiveModel(nn.Module):
@@ -44,9 +55,9 @@ class ContrastiveModel(nn.Module):
             self.encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(self.encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.encoder.maxpool = nn.Identity()
-        for module in self.encoder.layer4.modules():
+        for module in (*self.encoder.layer3.modules(), *self.encoder.layer4.modules()):
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.__class__ = OnePixelConv2d  # torchvision's weights as they are, only another forward
+                module.__class__ = SmallMapConv2d  # torchvision's weights as they are, only another forward
         features = self.encoder.fc.in_features
         self.encoder.fc = nn.Identity()
         self.head = nn.Sequential(

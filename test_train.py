@@ -26,7 +26,7 @@ import data
 import train
 from augment import augment
 from lars import LARS, warmup_cosine
-from model import ContrastiveModel, OnePixelConv2d, SogCLRLoss, embed, hcl, infonce, nt_xent
+from model import ContrastiveModel, SmallMapConv2d, SogCLRLoss, embed, hcl, infonce, nt_xent
 from samplers import all_batches
 
 HERE = Path(__file__).parent
@@ -109,13 +109,13 @@ def test_network():
     assert small.layer1(small.maxpool(small.relu(small.bn1(small.conv1(torch.randn(1, 3, 32, 32)))))).shape == (1, 64, 32, 32)
 
 
-@pytest.mark.parametrize("side, stride", [(1, 1), (1, 2), (2, 2), (2, 1), (3, 2), (5, 1)])
-def test_one_pixel_convolution_is_the_convolution(side, stride):
+@pytest.mark.parametrize("side, stride", [((1, 1), 1), ((1, 1), 2), ((2, 2), 1), ((2, 2), 2), ((1, 2), 1), ((2, 1), 2), ((3, 2), 2), ((5, 5), 1)])
+def test_convolution_of_small_maps_is_the_convolution(side, stride):
     torch.manual_seed(0)
     plain = torch.nn.Conv2d(6, 5, 3, stride, padding=1, bias=False).double()
-    quick = OnePixelConv2d(6, 5, 3, stride, padding=1, bias=False).double()
+    quick = SmallMapConv2d(6, 5, 3, stride, padding=1, bias=False).double()
     quick.load_state_dict(plain.state_dict())
-    x, y = (torch.randn(4, 6, side, side, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x, y = (torch.randn(4, 6, *side, dtype=torch.float64, requires_grad=True) for _ in range(2))
     y.data = x.data.clone()
     a, b = plain(x), quick(y)
     torch.testing.assert_close(a, b)
