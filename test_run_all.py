@@ -159,7 +159,8 @@ def test_interrupted_and_gone_on_with(repo, where, kind, code, jobs):
     (repo / f"hang-{where}").touch()
     (repo / "calls").write_text("")
     with subprocess.Popen(command("--jobs", jobs), cwd=repo, env=environment(), start_new_session=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as process:
+                          stderr=subprocess.STDOUT, text=True,  # also where these tests were started in the background:
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         until = time.time() + 20
         while where not in (repo / "calls").read_text() or jobs == "2" and "refined" not in (repo / "calls").read_text():
             assert time.time() < until
