@@ -20,17 +20,19 @@ class SmallMapConv2d(nn.Conv2d):
 
     Such are the last stages of ResNet-18 at 32 and 64 px, where most taps multiply padding and a CPU's convolution
     kernels would spend half of a training step on that. The result is the same. Laying the kernel out is a product as
-    well, for then its gradient comes in the layout of the weight (channels last), and no copy is made.
+    well, for then its gradient comes in the layout of the weight (channels last), and no copy is made. Any other
+    convolution (of another kernel or padding, dilated, in groups, with a bias) is left to nn.Conv2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        if max(h, w) > 2:
+        plain = (self.kernel_size, self.padding, self.dilation, self.groups, self.padding_mode) == ((3, 3), (1, 1), (1, 1), 1, "zeros")
+        if max(h, w) > 2 or not plain or self.bias is not None:
             return super().forward(x)
         kernel = self.weight.permute(0, 2, 3, 1).flatten(1, 2)  # [out channels, 9, in channels]
         # Taps on one axis, [out, in]: of at most two pixels an output sees each.
-        down, across = (torch.arange(s, device=x.device) - torch.arange(0, s, self.stride[0], device=x.device)[:, None] + 1
-                        for s in (h, w))
+        down, across = (torch.arange(s, device=x.device) - torch.arange(0, s, step, device=x.device)[:, None] + 1
+                        for s, step in zip((h, w), self.stride))
         if h == w == 1:
             laid_out = kernel[:, 4:5]
         else:

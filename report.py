@@ -125,7 +125,7 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
 
     def section(path: Path, made_by: str, tell) -> None:
         """Puts tell(the JSON of the file) on the page; a file that is absent, damaged or foreign is named instead."""
-        lengths = [(x, len(x)) for x in (sources, body)]
+        lengths, known = [(x, len(x)) for x in (sources, body)], dict(claims)
         try:
             tell(json.loads(path.read_text()))
         except FileNotFoundError:
@@ -133,6 +133,8 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             for x, length in lengths:
                 del x[length:]
+            claims.clear()
+            claims.update(known)
             missing.append((str(path), "cannot be read", made_by))
 
     def figure(path: Path, caption: str, made_by: str) -> None:
@@ -250,18 +252,20 @@ def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
                  ("table", ["", "seeds", "difference", *(re.sub(r"^R(\d+)$", r"R@\1", name) for name in scores), "training", "selecting"],
                   [[row["group"], str(row["seeds"]), *(show(row, name) for name in ["difference", *scores]), clock(row["seconds_training"]),
                     clock(row["seconds_selecting"])] for row in rows], "")]
-        claims.setdefault(f"retrieval, {where}", []).extend({
+        claims[f"retrieval, {where}"] = claims.get(f"retrieval, {where}", []) + [{
             "claim": f"{title}: {row['group']} finds more partners first than {record['baseline']} at equal steps",
             "measured": 100 * row["difference"], "interval": [100 * x for x in row["difference_interval"]],
             "form": f"points > 0; interval over {row['difference_over']}; seeds: {row['seeds']}",
             "verdict": {"better": "holds", "worse": "does not hold"}.get(row["verdict"], "not settled")
-            if "seeds" in row["difference_over"] else "not settled"} for row in rows if row["difference"] is not None)
+            if "seeds" in row["difference_over"] else "not settled"} for row in rows if row["difference"] is not None]
     if record.get("cost"):
-        body += [("p", f"Cost to reach the R@1 of {record['baseline']}, along training, and its ratio to {record['baseline']}'s:"),
+        reached = lambda x: "not reached" if number(x) == "–" else number(x)
+        ratio = lambda row, name: reached(row[name]) + (f" [{span(x)}]" if (x := row[f"{name}_interval"]) else "")
+        body += [("p", f"Cost to reach the R@1 of {record['baseline']}, along training, and its ratio to {record['baseline']}'s, with 95 % intervals "
+                       "over seeds; up to ∞ where some draws of the seeds do not reach it:"),
                  ("table", ["", "target, %", "steps", "ratio", "seconds", "ratio"],
-                  [[row["group"], f"{100 * row['target']:.1f}", *(x if (x := number(row[name])) != "–" else "not reached" for name in
-                                                                   ("steps", "steps_ratio", "seconds", "seconds_ratio"))]
-                   for row in record["cost"]], "")]
+                  [[row["group"], f"{100 * row['target']:.1f}", reached(row["steps"]), ratio(row, "steps_ratio"), reached(row["seconds"]),
+                    ratio(row, "seconds_ratio")] for row in record["cost"]], "")]
     if tasks:
         body.append(("table", CLAIM, claim_rows(claims[f"retrieval, {where}"]), tally(claims[f"retrieval, {where}"])))
     body.append(("pre", record["command"]))

@@ -54,8 +54,10 @@ if [ ${#stages[@]} -eq 0 ]; then stages=(setup synthetic train retrieval bench r
 
 gpus=()  # the names of those that may be used
 if there=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null); then driver=yes gpus=($there); fi  # fails without a driver
-case ${CUDA_VISIBLE_DEVICES-unset} in unset) ;; -1) gpus=() ;; *) gpus=(${CUDA_VISIBLE_DEVICES//,/ }) ;; esac
-if [ "$full" = auto ] && [ ${#gpus[@]} -gt 0 ] && { [ -e "$DATA_DIR/cifar-100-python" ] || compgen -G "$DATA_DIR/tiny-imagenet-200*" >/dev/null; }; then full=yes; fi
+case ${driver:-no}-${CUDA_VISIBLE_DEVICES-unset} in no-* | yes-unset) ;; yes--1) gpus=() ;; *) gpus=(${CUDA_VISIBLE_DEVICES//,/ }) ;; esac
+if [ "$full" = auto ] && [ ${#gpus[@]} -gt 0 ]; then
+  for name in cifar-100-python tiny-imagenet-200; do if compgen -G "$DATA_DIR/$name*" >/dev/null; then full=yes; fi; done
+fi
 if [ "$full" = yes ]; then
   DATASETS=${DATASETS:-cifar100 tinyimagenet} SAMPLERS=${SAMPLERS:-random osgd spectral} OBJECTIVES=${OBJECTIVES:-simclr sogclr} quick=""
 else
@@ -90,7 +92,7 @@ step() {
     why="$({ diff <(echo "$old") <(echo "$key") || :; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u | paste -sd ' ' -) changed"
   elif [ "$state" = begun ]; then why="begun and not finished"
   elif [ ! -e "$output" ]; then why="$output is gone"
-  elif [ -n "$dry" ] && [ "$1" = retrieval.py ] && grep -v "^skip" <<<"$planned" | grep -q "train.py --dataset ${name#retrieval-} "; then
+  elif [ -n "$dry" ] && [ "$1" = retrieval.py ] && grep -v "^skip" <<<"$planned" | cut -f2 | grep -qxF "$(printf '%s\n' "${@#runs/}")"; then
     why="its runs change"
   else act=skip why=$state; fi
   folder=${output%/*}
@@ -157,9 +159,11 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 
 # ---------------------------------------------------------------------------------------------- stages
+# .venv/complete is written last and holds what was asked for, so that a half-made .venv is never used.
+packages() { [ -n "${RUN_PYTHON:-}" ] || { [ -x $python ] && cmp -s requirements.txt .venv/complete; }; }
+
 setup() {
-  # .venv/complete is written last and holds what was asked for, so that a half-made .venv is never used.
-  if [ -n "${RUN_PYTHON:-}" ] || { [ -x $python ] && cmp -s requirements.txt .venv/complete; }; then echo "== skip setup: the packages are there"; return; fi
+  if packages; then echo "== skip setup: the packages are there"; return; fi
   if [ -n "$dry" ]; then echo "== run setup: .venv is not there yet, so there are no estimates"; return; fi
   local base=${PYTHON:-python3}
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
@@ -178,7 +182,16 @@ setup() {
   cp requirements.txt .venv/complete
 }
 
-tests() { if [ -n "$dry" ]; then echo "== run test"; else "$python" -m pytest -q || failed+=(test); fi; }
+always() {  # always NAME COMMAND ...: runs it whether or not anything changed
+  local name=$1
+  shift
+  if [ -n "$dry" ]; then planned+=$(printf 'run\t%s\tanew each time\t\t' "$name"; printf '%q ' "$@")$'\n'; return; fi
+  echo "== run $name: anew each time"
+  # The report takes a second: then Ctrl-C is acted on.
+  ( if [ "$name" = report ]; then trap "" INT; fi; exec "$python" "$@" ) || failed+=("$name")
+}
+
+tests() { always test -m pytest -q; }
 
 synthetic() {
   local name  # toy first: a picture in the first minute
@@ -240,13 +253,13 @@ retrieval() {
 bench() { step bench results/samplers.json "bench.py samplers.py rivals.py model.py lars.py data.py deadleaves.py augment.py train.py retrieval.py cli.py" \
   bench.py samplers --pairs 10000 --out results/samplers.json; }
 
-report() { if [ -n "$dry" ]; then step report results/report.html report.py report.py; else (trap "" INT; exec "$python" report.py) || failed+=(report); fi; }  # a second: then Ctrl-C is acted on
+report() { always report report.py; }
 
 setup
 for stage in "${stages[@]}"; do
   case $stage in setup) ;; test) tests ;; *) $stage ;; esac
 done
 if [ -n "$planned" ]; then
-  if [ -x "$(command -v "$python")" ]; then "$python" plan.py --jobs "$jobs" <<<"$planned"; else cut -f1-3,5 <<<"$planned"; fi
+  if packages; then "$python" plan.py --jobs "$jobs" <<<"$planned"; else cut -f1-3,5 <<<"$planned"; fi
 fi
 if [ ${#failed[@]} -gt 0 ]; then echo "run_all.sh: failed: ${failed[*]}; the others are done" >&2; exit 1; fi

@@ -64,6 +64,13 @@ def environment(**more):
     return kept | {"RUN_PYTHON": "./fake", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
+def with_gpus(repo, visible, says="0", code=0):
+    """Variables of an environment whose nvidia-smi answers so."""
+    (repo / "nvidia-smi").write_text(f"#!/bin/sh\necho {says}; exit {code}\n")
+    (repo / "nvidia-smi").chmod(0o755)
+    return {"PATH": f"{repo}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": visible}
+
+
 def run(repo, *words, **more):
     """Exit code, lines printed for steps (act, name, reason), stderr; and what was asked of Python."""
     (repo / "calls").write_text("")
@@ -79,9 +86,10 @@ def test_all_of_it_and_then_nothing(repo):
     assert calls[0] == "synthetic.py --quick --experiment toy --out results/synthetic"  # the first picture
     assert [call.split()[0] for call in calls] == ["synthetic.py"] * 7 + ["train.py"] * 4 + ["retrieval.py", "bench.py", "report.py"]
     assert {name for name in steps if name.startswith("quick")} == set(RUNS)
+    assert steps.pop("report") == ("run", "anew each time")
     assert all(why == "first time" and act == "run" for name, (act, why) in steps.items() if name != "setup")
     code, steps, _, calls = run(repo)
-    assert code == 0 and calls == ["report.py"]
+    assert code == 0 and calls == ["report.py"] and steps.pop("report") == ("run", "anew each time")
     assert all(act == "skip" for act, _ in steps.values()) and steps["quick-osgd"][1].startswith("finished 2")
 
 
@@ -143,8 +151,8 @@ def test_a_failing_run_is_named_and_the_others_go_on(repo, jobs):
 
 def test_tests_that_fail(repo):
     (repo / "fail-pytest").touch()
-    code, _, error, calls = run(repo, "test")
-    assert code == 1 and calls == ["-m pytest -q"] and "failed: test" in error
+    code, steps, error, calls = run(repo, "test")
+    assert code == 1 and steps["test"] == ("run", "anew each time") and calls == ["-m pytest -q"] and "failed: test" in error
 
 
 def test_retrieval_without_runs(repo):
@@ -204,6 +212,31 @@ def test_dry_run_runs_nothing(repo):
     (repo / "lars.py").write_text("other\n")
     run(repo, "--dry-run", "train", "retrieval")
     assert "\tits runs change\t" in (repo / "plan").read_text().splitlines()[4]
+    run(repo, "--dry-run", "test", "report")
+    assert [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line] == [
+        ["run", "test", "anew each time", "", "-m pytest -q "], ["run", "report", "anew each time", "", "report.py "]]
+
+
+def test_dry_run_of_full_runs_says_which_are_evaluated_anew(repo):
+    own = "--full", "--own-size", "train", "retrieval"
+    run(repo, *own, DATASETS="cifar100 tinyimagenet", OBJECTIVES="simclr")
+    (repo / "fake").write_text(PYTHON.replace("cat; exit", "cat >plan; exit"))
+    planned = lambda **more: run(repo, "--dry-run", *own, OBJECTIVES="simclr", **more) and {
+        line.split("\t")[1]: tuple(line.split("\t")[::2][:2]) for line in (repo / "plan").read_text().splitlines() if line}
+    assert {act for act, _ in planned().values()} == {"skip"}
+    (repo / "runs/.steps/cifar100-osgd-simclr-32px").unlink()
+    assert planned()["retrieval-cifar100-own"] == ("run", "its runs change")
+    assert planned()["retrieval-tinyimagenet-own"][0] == "skip"
+
+
+def test_dry_run_after_an_interrupted_setup(repo):
+    (repo / ".venv/bin").mkdir(parents=True)
+    (repo / ".venv/made-by-run_all.sh").touch()
+    shutil.copy(repo / "fake", repo / ".venv/bin/python")  # a Python without the packages
+    (repo / "requirements.txt").write_text("torch\n")
+    code, steps, error, calls = run(repo, "--dry-run", RUN_PYTHON="")
+    assert code == 0 and not error and not calls
+    assert steps["setup"] == ("run", ".venv is not there yet, so there are no estimates")
 
 
 def test_full_plan(repo):
@@ -222,25 +255,30 @@ def test_full_plan(repo):
     assert "--image-size 64 " in lines[3][4] and "--seed 1" in lines[3][4]
 
 
+def planned_runs(repo, **more):
+    done = subprocess.run(command("--dry-run", "train"), cwd=repo, capture_output=True, text=True, timeout=60,
+                          env={name: value for name, value in environment(**more).items() if value is not None})
+    assert done.returncode == 0 and not done.stderr
+    return done.stdout.count("train.py")
+
+
 def test_full_is_the_default_with_a_gpu_and_data(repo):
-    (repo / "data").mkdir()
-    assert len(run(repo, "train", CUDA_VISIBLE_DEVICES="0")[3]) == 4
-    (repo / "data/tiny-imagenet-200-half.zip").touch()
-    assert len(run(repo, "train", CUDA_VISIBLE_DEVICES="0")[3]) == 12
-    code, _, error, calls = run(repo, "train", "--quick", CUDA_VISIBLE_DEVICES="0")
-    assert code == 0 and not error and not calls
+    (repo / "data/Tiny-ImageNet-C").mkdir(parents=True)
+    gpu = with_gpus(repo, "0")
+    assert len(run(repo, "train", **gpu)[3]) == 4
+    for name in "tiny-imagenet-200-half.zip", "cifar-100-python.tar.gz":
+        (repo / "data" / name).touch()
+        assert planned_runs(repo, **gpu) == 12
+        code, _, error, calls = run(repo, "train", "--quick", **gpu)
+        assert code == 0 and not error and not calls
+        (repo / "data" / name).unlink()
 
 
 @pytest.mark.parametrize("says, code", [("NVIDIA-SMI has failed because it could not talk to the driver", 9), ("0", 0)])
 def test_a_gpu_counts_where_it_answers(repo, says, code):
-    (repo / "nvidia-smi").write_text(f"#!/bin/sh\necho {says}; exit {code}\n")
-    (repo / "nvidia-smi").chmod(0o755)
     (repo / "data/cifar-100-python").mkdir(parents=True)
-    kept = environment(PATH=f"{repo}:{os.environ['PATH']}")
-    for visible, runs in ((None, 4 if code else 12), ("-1", 4)):
-        words = kept | {"CUDA_VISIBLE_DEVICES": visible} if visible else {k: v for k, v in kept.items() if k != "CUDA_VISIBLE_DEVICES"}
-        done = subprocess.run(command("--dry-run", "train"), cwd=repo, capture_output=True, text=True, timeout=60, env=words)
-        assert done.stdout.count("train.py") == runs and not done.stderr
+    for visible, runs in ((None, 12), ("0", 12), ("-1", 4), ("", 4)):
+        assert planned_runs(repo, **with_gpus(repo, visible, says, code)) == (4 if code else runs)
 
 
 def test_a_run_that_is_still_trained_is_left_alone(repo):
@@ -255,7 +293,7 @@ def test_a_run_that_is_still_trained_is_left_alone(repo):
 
 def test_jobs_are_dealt_to_the_gpus(repo):
     started = time.time()
-    code, _, _, calls = run(repo, "train", CUDA_VISIBLE_DEVICES="3,5", STEP_SECONDS="1")
+    code, _, _, calls = run(repo, "train", **with_gpus(repo, "3,5"), STEP_SECONDS="1")
     devices, times = zip(*(line.split() for line in (repo / "devices").read_text().splitlines()))
     assert code == 0 and len(calls) == 4
     assert sorted(devices) == ["3", "3", "5", "5"]

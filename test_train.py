@@ -109,11 +109,15 @@ def test_network():
     assert small.layer1(small.maxpool(small.relu(small.bn1(small.conv1(torch.randn(1, 3, 32, 32)))))).shape == (1, 64, 32, 32)
 
 
-@pytest.mark.parametrize("side, stride", [((1, 1), 1), ((1, 1), 2), ((2, 2), 1), ((2, 2), 2), ((1, 2), 1), ((2, 1), 2), ((3, 2), 2), ((5, 5), 1)])
-def test_convolution_of_small_maps_is_the_convolution(side, stride):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side, words", [
+    *((side, {"stride": stride}) for side in ((1, 1), (2, 2), (1, 2), (2, 1)) for stride in (1, 2)), ((3, 2), {"stride": 2}), ((5, 5), {}),
+    ((2, 2), {"stride": (2, 1)}), ((2, 2), {"bias": True}), ((2, 2), {"padding": 2}), ((2, 2), {"padding": 2, "dilation": 2}),
+    ((2, 2), {"groups": 2}), ((1, 1), {"kernel_size": 1, "padding": 0}), ((2, 2), {"padding_mode": "replicate"})])
+def test_convolution_of_small_maps_is_the_convolution(side, words, layout):
     torch.manual_seed(0)
-    plain = torch.nn.Conv2d(6, 5, 3, stride, padding=1, bias=False).double()
-    quick = SmallMapConv2d(6, 5, 3, stride, padding=1, bias=False).double()
+    words = {"kernel_size": 3, "padding": 1, "bias": False} | words
+    plain, quick = (kind(6, 4, **words).to(torch.float64, memory_format=layout) for kind in (torch.nn.Conv2d, SmallMapConv2d))
     quick.load_state_dict(plain.state_dict())
     x, y = (torch.randn(4, 6, *side, dtype=torch.float64, requires_grad=True) for _ in range(2))
     y.data = x.data.clone()
@@ -128,6 +132,10 @@ def test_convolution_of_small_maps_is_the_convolution(side, stride):
 def test_network_is_torchvisions():
     torch.manual_seed(0)
     model, plain = ContrastiveModel().encoder.eval(), resnet18(weights=None)
+    assert sum(isinstance(m, SmallMapConv2d) for m in model.modules()) == 8
+    for name, weight in model.named_parameters():
+        if name.endswith("bn2.weight"):  # zero, so that the blocks would do nothing
+            torch.nn.init.uniform_(weight, 0.5, 1)
     plain.fc = torch.nn.Identity()
     plain.load_state_dict(model.state_dict())
     for side in 32, 64, 80:
