@@ -184,6 +184,12 @@ def table(scores: list[dict[str, np.ndarray]], runs: list[Run], groups: dict[str
     return rows
 
 
+def interval_over(rows: list[dict]) -> str:
+    """What the intervals of the rows of table() are over, in words."""
+    return " (several seeds) or ".join(sorted({row["interval_over"] for row in rows}, reverse=True)) + " (one seed)" * (
+        "images" in {row["interval_over"] for row in rows})
+
+
 def markdown(rows: list[dict], baseline: str) -> str:
     """The rows of table() to read, in percent."""
     names = [name for name in rows[0] if name in NAMES]
@@ -229,7 +235,8 @@ def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
 
 
 def cost(found: dict[str, dict], baseline: str, target: float | None, seed: int = 0) -> list[dict]:
-    """A row for each group: steps and seconds at which its mean curve first reaches the target, and their ratios to the baseline's.
+    """A row for each group: steps and seconds at which its mean curve first reaches the target, their ratios to the baseline's, and
+    "gain": its R@1 after the baseline's seconds (or at its end, where that is sooner) less that of the baseline.
 
     target None: what the baseline's mean curve ends at, in each draw of the bootstrap over seeds its own. Where the
     baseline does not reach a given target its whole run counts, so that ratios are at most too large. Seconds are the mean over
@@ -249,13 +256,16 @@ def cost(found: dict[str, dict], baseline: str, target: float | None, seed: int 
     base = [np.minimum(first_at(goal, y, x), x[:, -1]) for x in (steps, seconds)]
     rows = []
     for group in found:
-        y, *x = draw(group, weights(group))
+        drawn, *x = draw(group, weights(group))
         row = {"group": group, "seeds": len(found[group]["seeds"]), "target": float(goal[0])}
         for name, own, other in zip(("steps", "seconds"), x, base):
-            reached = first_at(goal, y, own)
+            reached = first_at(goal, drawn, own)
             ratio = reached / other
             low, high = np.quantile(ratio[1:], (0.025, 0.975), method="lower" if np.isinf(ratio).any() else "linear")
-            row |= {name: reached[0], f"{name}_ratio": ratio[0], f"{name}_ratio_interval": [low, high] if min(row["seeds"], len(found[baseline]["seeds"])) > 1 else None}
+            several = min(row["seeds"], len(found[baseline]["seeds"])) > 1
+            row |= {name: reached[0], f"{name}_ratio": ratio[0], f"{name}_ratio_interval": [low, high] if several else None}
+        gain = np.array([np.interp(seconds[0, -1], x[1][0], line, left=np.nan) for line in drawn]) - y[:, -1]
+        row |= {"gain": gain[0], "gain_interval": np.quantile(gain[1:], (0.025, 0.975)).tolist() if several else None}
         rows.append({k: finite(v) for k, v in row.items()})
     return rows
 
@@ -270,7 +280,8 @@ def finite(x):
 def cost_markdown(rows: list[dict], baseline: str) -> str:
     def show(x: float | None, form: str) -> str:
         return "not reached" if x is None else format(x, form)
-    lines = [["", "seeds", f"steps to R@1 {100 * rows[0]['target']:.1f} %", f"of {baseline}'s", "seconds", f"of {baseline}'s"]]
+    lines = [["", "seeds", f"steps to R@1 {100 * rows[0]['target']:.1f} %", f"of {baseline}'s", "seconds", f"of {baseline}'s",
+              f"R@1 less {baseline}'s at its last second"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         line = [row["group"], str(row["seeds"])]
@@ -278,7 +289,8 @@ def cost_markdown(rows: list[dict], baseline: str) -> str:
             interval = row[f"{name}_ratio_interval"]
             ratio = show(row[f"{name}_ratio"], ".2f") + (f" [{show(interval[0], '.2f')}, {show(interval[1], '.2f')}]" if interval else "")
             line += [show(row[name], ",.0f"), "" if row["group"] == baseline or row[name] is None and not interval else ratio]
-        lines.append(line)
+        points = [f"{100 * x:+.1f}" for x in (row["gain"], *(row["gain_interval"] or ())) if x is not None]
+        lines.append(line + ["" if row["group"] == baseline or not points else points[0] + (f" [{', '.join(points[1:])}]" if points[1:] else "")])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -39,7 +39,7 @@ def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callabl
     are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or OSError, with one line, for a set that is absent or not complete.
     """
     name, url = OFFICIAL[dataset]
-    data_dir = data_dir.parent if data_dir.is_file() else data_dir  # a zip of the clean images
+    clean, data_dir = clean_folder(data_dir), data_dir.parent if data_dir.is_file() else data_dir  # a zip of the clean images
     found = [path for path in (data_dir, *sorted(data_dir.iterdir())) if path.is_dir() and path.name.lower() == name.lower()]
     if not found:
         raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")
@@ -50,7 +50,7 @@ def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callabl
         raise FileNotFoundError(f"{folder} lacks {', '.join(x + suffix for x in missing)}: it takes all {len(names)} corruptions; "
                                 f"get the whole set from {url}")
     read = cifar_c if dataset == "cifar100" else tiny_c
-    return read(folder, names, clean_folder(data_dir), labels.numpy(), size)
+    return read(folder, names, clean, labels.numpy(), size)
 
 
 def cifar_c(folder: Path, names: tuple, clean: Path, labels: np.ndarray, size: int) -> Callable:

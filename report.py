@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from cli import Stop, write_atomically
+from compare import interval_over
 
 EXPERIMENTS = {  # of synthetic.py, and the statement of the paper that each puts to the test
     "toy": "Four samples in the plane: high-loss batches need far fewer steps than random ones, the fewer the closer to the optimum.",
@@ -247,7 +248,7 @@ def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
     for title, rows in tasks.items():
         scores = [name for name in rows[0] if f"{name}_interval" in rows[0] and name != "difference"]
         show = lambda row, name: "" if row[name] is None else "{:.1f} [{:.1f} to {:.1f}]".format(*(100 * x for x in (row[name], *row[f"{name}_interval"])))
-        body += [("h3", f"{where}: {title}"), ("p", f"In percent, with 95 % intervals over {rows[0]['interval_over']}; {rows[0]['images']:,} images; "
+        body += [("h3", f"{where}: {title}"), ("p", f"In percent, with 95 % intervals over {interval_over(rows)}; {rows[0]['images']:,} images; "
                                                f"difference: of {scores[0]} to {record['baseline']}'s."),
                  ("table", ["", "seeds", "difference", *(re.sub(r"^R(\d+)$", r"R@\1", name) for name in scores), "training", "selecting"],
                   [[row["group"], str(row["seeds"]), *(show(row, name) for name in ["difference", *scores]), clock(row["seconds_training"]),
@@ -255,17 +256,20 @@ def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
         claims[f"retrieval, {where}"] = claims.get(f"retrieval, {where}", []) + [{
             "claim": f"{title}: {row['group']} finds more partners first than {record['baseline']} at equal steps",
             "measured": 100 * row["difference"], "interval": [100 * x for x in row["difference_interval"]],
-            "form": f"points > 0; interval over {row['difference_over']}; seeds: {row['seeds']}",
+            "form": f"points > 0; interval over {row['difference_over']}; seeds: {row['difference_seeds']}",
             "verdict": {"better": "holds", "worse": "does not hold"}.get(row["verdict"], "not settled")
             if "seeds" in row["difference_over"] else "not settled"} for row in rows if row["difference"] is not None]
     if record.get("cost"):
         reached = lambda x: "not reached" if number(x) == "–" else number(x)
+        points = lambda x: None if x is None else 100 * x
+        gain = lambda row: number(points(row["gain"])) + (f" [{span(map(points, x))}]" if (x := row["gain_interval"]) else "")
         ratio = lambda row, name: reached(row[name]) + (f" [{span(x)}]" if (x := row[f"{name}_interval"]) else "")
         body += [("p", f"Cost to reach the R@1 of {record['baseline']}, along training, and its ratio to {record['baseline']}'s, with 95 % intervals "
-                       "over seeds; up to ∞ where some draws of the seeds do not reach it:"),
-                 ("table", ["", "target, %", "steps", "ratio", "seconds", "ratio"],
+                       f"over seeds, up to ∞ where some draws of the seeds do not reach it; and the R@1, in points, less {record['baseline']}'s after as "
+                       "many seconds as that took in all:"),
+                 ("table", ["", "target, %", "steps", "ratio", "seconds", "ratio", "at equal seconds"],
                   [[row["group"], f"{100 * row['target']:.1f}", reached(row["steps"]), ratio(row, "steps_ratio"), reached(row["seconds"]),
-                    ratio(row, "seconds_ratio")] for row in record["cost"]], "")]
+                    ratio(row, "seconds_ratio"), gain(row)] for row in record["cost"]], "")]
     if tasks:
         body.append(("table", CLAIM, claim_rows(claims[f"retrieval, {where}"]), tally(claims[f"retrieval, {where}"])))
     body.append(("pre", record["command"]))

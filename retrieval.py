@@ -52,7 +52,7 @@ KNOBS = {
     "target": (None, "float > 0 < 1", "R@1 to reach, between 0 and 1 (default: the baseline's mean at its end)"),
     "out": ("results", str, "folder of the table and the figures"),
 }
-MADE_BY = "retrieval.py", "corruptions.py", "probe.py", "model.py", "augment.py", "data.py", "deadleaves.py"  # what scores depend on
+MADE_BY = "retrieval.py", "compare.py", "corruptions.py", "probe.py", "model.py", "augment.py", "data.py", "deadleaves.py"  # what scores depend on
 
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -61,7 +61,7 @@ def partner_ranks(u: Tensor, v: Tensor) -> Tensor:
     """Ranks from 1, int64 [2, N]: of v_i among all v by cosine similarity with u_i, and of u_i among all u with v_i.
 
     u, v: [N, D]; need not be normalised.  What is as near as the partner, up to rounding, counts as nearer.  N^2 D
-    operations and 64 MB besides copies of u and v.  Raises ValueError for unequal shapes or embeddings that are not finite.
+    operations and 64 MB (float64: 128) besides copies of u and v.  Raises ValueError for unequal shapes or embeddings that are not finite.
     """
     if u.ndim != 2 or u.shape != v.shape or len(u) == 0:
         raise ValueError(f"u {tuple(u.shape)} and v {tuple(v.shape)}: give two [N, D] tensors of one shape")
@@ -169,7 +169,7 @@ def two_views(model: nn.Module, images: Tensor, rows: Tensor, views, repeats: in
     """ranks [repeats, 2, n] of the partner views of images[rows], and of a few the nearest in the first draw, [Q, 5]."""
     ranks = []
     for repeat in range(repeats):
-        u, v = embed(model, views(images, torch.Generator().manual_seed(seed + repeat)), rows)
+        u, v = embed(model, views(images, torch.Generator().manual_seed(1000 * seed + repeat)), rows)
         ranks.append(partner_ranks(u, v))
         if repeat == 0:
             query = F.normalize(u[compare.query_rows(len(rows)).to(u.device)], dim=1)
@@ -253,14 +253,12 @@ def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
             for batches in (0, *[knobs["recalibrate_batches"]] * knobs["recalibrate"]) for title, own in tasks.items()}
 
 
-def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple[Tensor, Tensor, Tensor], device: torch.device):
-    """Yields (title, arrays) of each of the settings `wanted`, by title. folder: of the data; val: what load() gives of them."""
+def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, train: tuple, val: tuple, device: torch.device):
+    """Yields (title, arrays) of each of the settings `wanted`, by title. folder: of the data; train, val: what load() gives of them."""
     model = load_checkpoint(run.folder / "checkpoint.pt", run.knobs).to(device, memory_format=torch.channels_last)
-    size, clean, first = run.knobs["image_size"], corruptions.clean_folder(folder), next(iter(wanted.values()))
+    size, first = run.knobs["image_size"], next(iter(wanted.values()))
     views = functools.partial(augmented, size=size, crop_scale=run.knobs["crop_scale"], jitter=run.knobs["jitter"], device=device)
-    images, labels, rows = val
-    if any(s["recalibrate_batches"] or s["task"] == "probe" for s in wanted.values()):
-        train_images, train_labels, train_rows = load(run, "train", clean, run.knobs["limit"])
+    (train_images, train_labels, train_rows), (images, labels, rows) = train, val
     if any("built-in" in s["task"] for s in wanted.values()):
         corrupted = corruptions.built_in(images, first["seed"])
     elif any("corruptions" in s["task"] for s in wanted.values()):  # checked before anything is computed
@@ -270,8 +268,8 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple[
         if s["recalibrate_batches"] != recalibrated:
             recalibrated = s["recalibrate_batches"]
             generator = torch.Generator().manual_seed(s["seed"])
-            view, size = views(train_images, generator), min(run.knobs["batch_size"], len(train_rows))
-            recalibrate(model, (view(train_rows[torch.randperm(len(train_rows), generator=generator)[:size]].repeat(2))
+            view, batch_size = views(train_images, generator), run.knobs["batch_size"]
+            recalibrate(model, (view(train_rows[torch.randperm(len(train_rows), generator=generator)[:batch_size]].repeat(2))
                                 for _ in range(recalibrated)))
         if s["task"] == "two views":
             found = two_views(model, images, rows, views, s["repeats"], s["seed"])
@@ -288,13 +286,21 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
     """(digest of the images, arrays) by title, from results.json and .npz beside the checkpoint, or computed and kept there."""
     checkpoint, kept, kept_arrays = (run.folder / name for name in ("checkpoint.pt", "results.json", "results.npz"))
     settings, folder = plan(run, knobs), data_folder(run, knobs)
+    trains = {title: s["recalibrate_batches"] > 0 or s["task"] == "probe" for title, s in settings.items()}
     try:
-        val = images, labels, rows = load(run, "val", corruptions.clean_folder(folder), settings["two views"]["limit"])
+        clean, train = corruptions.clean_folder(folder), (None, None, None)
+        val = load(run, "val", clean, settings["two views"]["limit"])
+        if any(trains.values()):
+            train = load(run, "train", clean, run.knobs["limit"])
     except (ValueError, OSError) as error:
         raise Stop(f"{run.folder}: {error}") from None
-    digest = data.digest(images[rows[::max(1, len(rows) // 256)]].numpy().tobytes() + labels[rows].numpy().tobytes())
-    for s in settings.values():
-        s |= {"images_digest": digest} | ({"folder": data.digest(str(folder.resolve()))} if knobs["corruptions"] == "official" else {})
+
+    def looks(images: Tensor, labels: Tensor, rows: Tensor) -> str:
+        return data.digest(images[rows[::max(1, len(rows) // 256)]].numpy().tobytes() + labels[rows].numpy().tobytes())
+    digest, train_digest = looks(*val), looks(*train) if any(trains.values()) else ""
+    for title, s in settings.items():
+        s |= {"images_digest": digest} | ({"train_digest": train_digest} if trains[title] else {})
+        s |= {"folder": data.digest(str(folder.resolve()))} if knobs["corruptions"] == "official" else {}
     keys = {title: " ".join(f"{name}={value}" for name, value in s.items()) for title, s in settings.items()}
     try:
         fingerprint = [checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
@@ -313,7 +319,7 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
         print(f"{run.folder}: read from {kept.name}", flush=True)
     began = time.perf_counter()
     try:
-        for title, found in compute(run, missing, folder, val, device) if missing else ():
+        for title, found in compute(run, missing, folder, train, val, device) if missing else ():
             scores, task = summary(settings[title]["task"], found), settings[title]["task"]
             count = len(next(iter(image_scores(task, found).values())))
             record[keys[title]] = {"settings": settings[title], "checkpoint": fingerprint, "images": count, "images_digest": digest,
@@ -382,12 +388,12 @@ def main(argv: list[str]) -> int:
                     raise Stop(f"{run.folder} and {runs[0].folder} were evaluated on different images: give one --data-dir for all")
             scores = [image_scores(title.removesuffix(", recalibrated"), one[title][1]) for one in found]
             rows = record[title] = compare.table(scores, runs, groups, baseline)
-            print(f"\n{title}, {rows[0]['images']:,} images; 95 % intervals over seeds and images\n\n{compare.markdown(rows, baseline)}")
+            print(f"\n{title}, {rows[0]['images']:,} images; 95 % intervals over {compare.interval_over(rows)}\n\n{compare.markdown(rows, baseline)}")
         if knobs["curve"]:
             record["curves"] = compare.curves(runs, groups)
             rows = record["cost"] = compare.cost(record["curves"], baseline, knobs["target"])
-            print(f"\ncost to reach the target along training, on log.jsonl's R@1; 95 % intervals over seeds\n\n"
-                  f"{compare.cost_markdown(rows, baseline)}")
+            print(f"\nalong training, on the R@1 in log.jsonl; 95 % intervals over seeds, "
+                  f"where there are several\n\n{compare.cost_markdown(rows, baseline)}")
             save(compare.draw_curves(record["curves"], runs, groups, rows[0]["target"]), out / "curve")
         write_atomically(out / "retrieval.json", json.dumps(record, indent=1).encode())
         save(neighbours(runs, groups, found, knobs), out / "neighbours")

@@ -130,7 +130,7 @@ def test_contradictions_come_from_the_data(full):
 
 
 def row(group, difference, interval, verdict, over="seeds and images, paired by seed"):
-    return {"group": group, "seeds": 3, "images": 1000, "interval_over": "seeds and images", "difference_over": over, "R1": 0.4321,
+    return {"group": group, "seeds": 3, "images": 1000, "interval_over": "seeds and images", "difference_over": over, "difference_seeds": 3, "R1": 0.4321,
             "R1_interval": [0.41, 0.45], "difference": difference, "difference_interval": interval, "verdict": verdict,
             "seconds_training": 41.0, "seconds_selecting": 5.0}
 
@@ -141,12 +141,12 @@ def test_retrieval_is_judged_by_seeds(full):
         row("random", None, None, "baseline"), row("refined", 0.031, [0.011, 0.052], "better"), row("osgd", -0.02, [-0.03, -0.01], "worse"),
         row("spectral", 0.01, [-0.01, 0.03], "not settled"), row("refined k 64", 0.05, [0.04, 0.06], "better", "images")],
         "cost": [{"group": "osgd", "seeds": 3, "target": 0.44, "steps": None, "steps_ratio": None, "steps_ratio_interval": [0.97, None],
-                  "seconds": 12.5, "seconds_ratio": 0.61, "seconds_ratio_interval": None}]})
+                  "seconds": 12.5, "seconds_ratio": 0.61, "seconds_ratio_interval": None, "gain": 0.0123, "gain_interval": [-0.01, 0.0345]}]})
     (results / "neighbours.png").write_bytes(PNG)
     blocks = report.build(results, runs)
     reader, _ = read_page(blocks, results)
     text = "\n".join(reader.text)
-    for expected in ("43.2 [41.0 to 45.0]", "3.1 [1.1 to 5.2]", "not reached [0.97 to ∞]", "12.5", "0.61", "results/curve.png"):
+    for expected in ("43.2 [41.0 to 45.0]", "3.1 [1.1 to 5.2]", "not reached [0.97 to ∞]", "12.5", "0.61", "1.23 [-1 to 3.45]", "results/curve.png"):
         assert expected in text, expected
     claims = next(block[2] for block in blocks if block[0] == "table" and block[3].startswith("4 claims"))
     assert [line[-1].split(" ", 1)[1] for line in claims] == ["holds", "does not hold", "not settled", "not settled"]

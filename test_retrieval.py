@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,13 @@ def test_tiny_imagenet_c(tmp_path):
         with pytest.raises((ValueError, OSError), match=match) as error:
             corruptions.official("tinyimagenet", tmp_path, labels, 64)(torch.arange(3), 3)
         assert "\n" not in str(error.value)
+    for name in "tiny-imagenet-200-full.zip", "tiny-imagenet-200-half.zip":  # the one that is given
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for file in (tmp_path / "tiny-imagenet-200").rglob("*"):
+                archive.write(file, file.relative_to(tmp_path))
+    assert corruptions.official("tinyimagenet", tmp_path / "tiny-imagenet-200-half.zip", labels, 32)(torch.tensor([0]), 1).shape[1] == 15
+    for file in tmp_path.glob("*.zip"):
+        file.unlink()
     image = folder / "fog" / "3" / "n02" / "val_2.JPEG"
     image.rename(tmp_path / "kept")
     refused("fog/3 lacks val_2.JPEG")
@@ -373,9 +381,20 @@ def test_cost_to_a_target():
     assert rows["osgd"]["steps"] == pytest.approx(100 * 0.41 / 0.81) and rows["osgd"]["seconds"] == pytest.approx(60 * 0.41 / 0.81)
     low, high = rows["osgd"]["steps_ratio_interval"]
     assert low < 0.41 / 0.81 < high < 0.6
-    assert rows["spectral"]["steps"] is None and rows["spectral"]["steps_ratio_interval"] is None
+    assert rows["osgd"]["gain"] == pytest.approx(0.4) and rows["random"]["gain_interval"] == [0, 0]
+    assert rows["osgd"]["gain_interval"] == pytest.approx([0.4, 0.4])  # paired by seed: the same luck in both
+    others = {**found, "osgd": {**found["osgd"], "seeds": [3, 4, 5]}}
+    worst, best = compare.cost(others, "random", None)[1]["gain_interval"]  # two means of three, of spread 0.01: 4.3 * 0.01 / 3^0.5 each
+    assert 0.03 < 0.4 - worst < 0.06 and 0.03 < best - 0.4 < 0.06
+    assert rows["spectral"]["steps"] is None and rows["spectral"]["steps_ratio_interval"] is None and rows["spectral"]["gain_interval"] is None
     text = compare.cost_markdown(list(rows.values()), "random")
     assert "not reached" in text.splitlines()[4] and "not reached" not in text.splitlines()[3]
+    assert "| +40.0 [+40.0, +40.0] |" in text.splitlines()[3] and text.splitlines()[4].endswith("| -31.0 |") and text.splitlines()[2].endswith("|  |")
+    for factor, gain in ((2, 0.81 / 2 - 0.41), (16, None)):  # the same steps, but with twice the seconds; and the first not done in time
+        slow = [run._replace(log=[line | {"seconds_training": (factor * 6 - 1) * line["step"] / 10} for line in run.log])
+                if run.knobs["sampler"] == "osgd" else run for run in runs]
+        row = compare.cost(compare.curves(slow, groups), "random", None)[1]
+        assert row["gain"] == (gain and pytest.approx(gain))
     assert rows["random"]["seconds_ratio_interval"] == [1, 1] and min(rows["osgd"]["seconds_ratio_interval"]) > 0
     mixed = compare.group_runs(runs[::-1])  # the order of the words changes nothing
     assert {r["group"]: r["steps_ratio_interval"] for r in compare.cost(compare.curves(runs[::-1], mixed), "random", None)}["osgd"] == [low, high]
@@ -416,9 +435,13 @@ def small(runs, out, *words):
 
 
 def test_everything_and_again_from_what_is_kept(runs, tmp_path, monkeypatch, capsys):
+    sizes, real = [], retrieval.probe
+    monkeypatch.setattr(retrieval, "probe", lambda *x: [sizes.append(x[2]), real(*x)][1])
     words = [str(runs / "random-?"), str(runs / "osgd-*"), "--curve", "--recalibrate", "--corruptions", "built-in", "--probe"]
     assert retrieval.main(small(runs, tmp_path / "out", *words)) == 0
+    assert sizes == [32] * 8  # the views' side, also after recalibrating
     printed = capsys.readouterr().out
+    assert "images; 95 % intervals over seeds and images\n" in printed
     record = json.loads((tmp_path / "out" / "retrieval.json").read_text())
     titles = ["two views", "corruptions, built-in", "probe"]
     for title in titles + [f"{title}, recalibrated" for title in titles]:
@@ -486,6 +509,14 @@ def test_stale_and_damaged_results_are_made_anew(runs, tmp_path, capsys, monkeyp
     load = data.load
     monkeypatch.setattr(data, "load", lambda *x, **y: [255 - load(*x, **y)[0], load(*x, **y)[1]])  # the images themselves
     assert retrieval.main(argv) == 0 and "read from" not in capsys.readouterr().out
+    again = [*argv, "--recalibrate"]
+    assert retrieval.main(again) == retrieval.main(again) == 0 and "two views, recalibrated" in (text := capsys.readouterr().out)
+    assert "read from" in text and "over images (one seed)" in text
+    other = data.load  # other training images, the same validation images
+    monkeypatch.setattr(data, "load", lambda d, split, *x, **y: other(d, split, *x, **y) if split == "val" else
+                        [255 - other(d, split, *x, **y)[0], other(d, split, *x, **y)[1]])
+    assert retrieval.main(again) == 0
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[:1]] == ["two views, recalibrated, 64 images"]
     def gone(*_, **__):
         raise FileNotFoundError("no images in nowhere")
     monkeypatch.setattr(data, "load", gone)
