@@ -24,8 +24,9 @@ import data
 import figures
 import retrieval
 import train
+from augment import MEAN, STD
 from deadleaves import deadleaves
-from model import ContrastiveModel
+from model import ContrastiveModel, embed
 from probe import probe
 from retrieval import own_version_ranks, partner_ranks, recalibrate, retrieval_metrics
 
@@ -483,6 +484,54 @@ def test_everything_and_again_from_what_is_kept(runs, tmp_path, monkeypatch, cap
 
 
 PLAIN = {name: default for name, (default, *_) in retrieval.KNOBS.items()}
+
+
+def test_every_run_sees_the_same_views(runs, tmp_path):
+    """The same weights under another seed have the same ranks in every task."""
+    shutil.copytree(runs / "random-0", tmp_path / "twin", ignore=shutil.ignore_patterns("results.*"))
+    config = json.loads((tmp_path / "twin" / "config.json").read_text())
+    config["knobs"]["seed"] = 5
+    (tmp_path / "twin" / "config.json").write_text(json.dumps(config))
+    saved = torch.load(tmp_path / "twin" / "checkpoint.pt", weights_only=True)
+    torch.save(saved | {"settings": saved["settings"] | {"seed": 5}}, tmp_path / "twin" / "checkpoint.pt")
+    knobs = PLAIN | {"limit": 64, "recalibrate": True, "recalibrate_batches": 3, "corruptions": "built-in", "corruption_limit": 4, "probe": True}
+    one, other = (retrieval.evaluate(run, knobs, torch.device("cpu")) for run in compare.read_runs([str(runs / "random-0"), str(tmp_path / "twin")]))
+    assert len(one) == 6 and one.keys() == other.keys()
+    for title, (digest, arrays) in one.items():
+        assert digest == other[title][0]
+        assert all(np.array_equal(x, other[title][1][name]) for name, x in arrays.items()), title
+
+
+def test_the_picture_shows_the_views_that_were_embedded(runs, monkeypatch):
+    run = compare.read_runs([str(runs / "random-0")])[0]
+    drawn = {}
+    monkeypatch.setattr(compare, "draw_neighbours", lambda nearest, queries, few, labels: drawn.update(few) or (queries, labels))
+    near = np.array([[0, 5, 299, 256, 1]] * 4)
+    queries, labels = retrieval.neighbours([run], {"random": [0]}, [{"two views": ("", {"neighbours": near})}], PLAIN | {"limit": 300})
+    assert set(drawn) == {0, 5, 299, 256, 1} | set(queries.tolist()) and len(labels) == 300
+    images, _, rows = retrieval.load(run, "val", retrieval.data_folder(run, PLAIN), 300)
+    seen = []
+
+    def record(batch):
+        seen.append(batch)
+        return batch.new_zeros(len(batch), 1)
+    model = nn.Module()
+    model.forward = record
+    embed(model, retrieval.augmented(images, Generator().manual_seed(0), 32, 0.5, 0.5, torch.device("cpu")), rows)
+    u, v = (torch.cat([batch.chunk(2)[i] for batch in seen])[:300] for i in range(2))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
+    for i, pair in drawn.items():
+        for view, picture in zip((u, v), pair):
+            torch.testing.assert_close((view[i] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), picture, rtol=0, atol=1e-6)
+
+
+def test_frames_of_the_picture():
+    """The partner in green, another of its class in orange, the others in white."""
+    pictures = {i: (np.zeros((24, 24, 3)), np.zeros((24, 24, 3))) for i in range(6)}
+    figure = compare.draw_neighbours({"random": np.array([[1, 0, 2, 3, 4]])}, np.array([0]), pictures, np.array([7, 8, 7, 9, 9, 9]))
+    line = np.asarray(figure.axes[1].images[0].get_array())
+    frames = [tuple(line[3, 16 + 32 * i].round(2)) for i in range(5)]
+    assert frames == [(1, 1, 1), (0, 0.62, 0.45), (0.9, 0.62, 0), (1, 1, 1), (1, 1, 1)]
 
 
 def test_stale_and_damaged_results_are_made_anew(runs, tmp_path, capsys, monkeypatch):
