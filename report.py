@@ -172,10 +172,11 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
         body.append(("p", "R@1 and R@5 are those of finding an image's second view among all validation images that a run looks at. The loss is "
                      "that of the batches trained on, so it does not compare samplers."))
         body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"], rows, ""))
-    for path in sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")]) or [results / "retrieval.json"]:
-        where = "generated images" if path.parent == results else path.parent.name
-
+    for path in sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")]) or [results / "quick/retrieval.json"]:
         def evaluated(record: dict) -> None:
+            where = "generated images" if record["dataset"] == "deadleaves" else record["dataset"]
+            if path.parent.name != record["dataset"]:
+                where += f", {path.parent.name}"
             source(f"retrieval, {where}", record)
             for picture in ["curve"] * ("cost" in record) + ["neighbours"]:
                 figure(path.parent / f"{picture}.png", f"{where}: {picture}", "bash run_all.sh retrieval")

@@ -380,7 +380,7 @@ def main(argv: list[str]) -> int:
         except OSError as error:
             raise Stop(f"--out {out}: {error.strerror}; give another folder") from None
         found = [evaluate(run, knobs, device) for run in runs]
-        record = {"knobs": knobs, **provenance(device), "baseline": baseline,
+        record = {"knobs": knobs, **provenance(device), "dataset": runs[0].knobs["dataset"], "baseline": baseline,
                   "groups": {group: [str(runs[i].folder) for i in members] for group, members in groups.items()}}
         for title in found[0]:
             for run, one in zip(runs, found):

@@ -6,7 +6,7 @@
 # test       the tests
 # synthetic  the paper's theory on free embeddings     results/synthetic/
 # train      data set x sampler x objective x seed     runs/
-# retrieval  the trained runs evaluated and compared   results/, with --full results/DATASET/
+# retrieval  the trained runs evaluated and compared   results/quick/, with --full results/DATASET/
 # bench      the samplers' table                       results/samplers.json
 # report     all of it on one page                     results/report.html, results/report.md
 #
@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
     --quick) full="" ;;
     --own-size) size=own ;;
     --dry-run) dry=yes ;;
-    --jobs) jobs=${2:-}; case $jobs in "" | 0* | *[!0-9]*) fail "--jobs ${jobs:-without a number}: give a number from 1, as in --jobs 4" ;; esac; shift ;;
+    --jobs) jobs=${2:-}; case $jobs in "" | 0* | *[!0-9]* | ????*) fail "--jobs ${jobs:-without a number}: give a number from 1 to 999, as in --jobs 4" ;; esac; shift ;;
     setup | test | synthetic | train | retrieval | bench | report) stages+=("$1") ;;
     -*) fail "$1 is no option; options: --full --quick --own-size --dry-run --jobs N --help" ;;
     *) fail "$1 is no stage; stages: setup test synthetic train retrieval bench report" ;;
@@ -150,7 +150,7 @@ reap() {  # reap SLOT: waits for its command; stamps it finished, or names it fa
 stop() {  # stop CODE: ends what is under way; a training run saves first
   trap - INT TERM  # a second Ctrl-C ends all at once
   local pid
-  for pid in ${pids[@]+"${pids[@]}"}; do [ -z "$pid" ] || kill "$pid" 2>/dev/null || :; done
+  for pid in $(jobs -p); do kill "$pid" 2>/dev/null || :; done
   wait
   echo "run_all.sh: interrupted; the same command goes on from here" >&2
   exit "$1"
@@ -160,15 +160,18 @@ trap 'stop 143' TERM
 
 # ---------------------------------------------------------------------------------------------- stages
 # .venv/complete is written last and holds what was asked for, so that a half-made .venv is never used.
-packages() { [ -n "${RUN_PYTHON:-}" ] || { [ -x $python ] && cmp -s requirements.txt .venv/complete; }; }
+packages() { [ -n "${RUN_PYTHON:-}" ] || { [ -x $python ] && cmp -s requirements.txt .venv/complete && { [ -z "$driver" ] || [ ! -e .venv/cpu-only ]; }; }; }
 
 setup() {
+  local why="first time"
   if packages; then echo "== skip setup: the packages are there"; return; fi
-  if [ -n "$dry" ]; then echo "== run setup: .venv is not there yet, so there are no estimates"; return; fi
+  if [ -e .venv/complete ]; then if cmp -s requirements.txt .venv/complete; then why="there is a GPU now"; else why="requirements.txt changed"; fi
+  elif [ -e .venv ]; then why="begun and not finished"; fi
+  if [ -n "$dry" ]; then echo "== run setup: $why; so there are no estimates"; return; fi
   local base=${PYTHON:-python3}
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     fail "$base is not Python 3.10 or newer; install one, or name it: PYTHON=python3.12 bash run_all.sh"
-  echo "setting up .venv (some minutes the first time)"
+  echo "== run setup: $why (some minutes)"
   if [ -e .venv ] && [ ! -e .venv/made-by-run_all.sh ]; then
     fail ".venv is not of this script; move it away, or use it: RUN_PYTHON=.venv/bin/python bash run_all.sh"
   fi
@@ -176,9 +179,9 @@ setup() {
   "$base" -m venv .venv || fail "$base cannot make a .venv; on Debian and Ubuntu: apt-get install python3-venv"
   # Without a GPU the CPU builds are several GB smaller; only an index that has both of the pair can give them.
   if [ -z "$driver" ]; then
-    $python -m pip install -q "torch==2.14.1+cpu" "torchvision==0.29.1+cpu" 2>/dev/null || { [ $? -ne 130 ] || exit 130; }
+    if $python -m pip install -q "torch==2.14.1+cpu" "torchvision==0.29.1+cpu" 2>/dev/null; then touch .venv/cpu-only; elif [ $? -eq 130 ]; then exit 130; fi
   fi
-  $python -m pip install -q -r requirements.txt
+  $python -m pip install -q -r requirements.txt || { [ $? -ne 130 ] || exit 130; fail "pip could not install the packages of requirements.txt, for the reason above; the same command tries again"; }
   cp requirements.txt .venv/complete
 }
 
@@ -244,7 +247,7 @@ retrieval() {
     if [ ${#there[@]} -eq 0 ]; then
       failed+=("retrieval-$dataset"); echo "== FAILED retrieval-$dataset: no run has finished; first: bash run_all.sh train" >&2; continue
     fi
-    name=results; if [ -z "$quick" ]; then name=results/$dataset${size:+-own}; fi
+    name=results/quick; if [ -z "$quick" ]; then name=results/$dataset${size:+-own}; fi
     step "retrieval-$dataset${size:+-own}" "$name/retrieval.json" "retrieval.py compare.py corruptions.py probe.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
       retrieval.py "${there[@]}" --curve --recalibrate --corruptions $corruptions --data-dir DATA_DIR --out "$name"
   done

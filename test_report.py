@@ -137,21 +137,21 @@ def row(group, difference, interval, verdict, over="seeds and images, paired by 
 
 def test_retrieval_is_judged_by_seeds(full):
     results, runs = full
-    write(results / "retrieval.json", {**MADE, "baseline": "random", "groups": {}, "two views": [
+    write(results / "quick/retrieval.json", {**MADE, "dataset": "deadleaves", "baseline": "random", "groups": {}, "two views": [
         row("random", None, None, "baseline"), row("refined", 0.031, [0.011, 0.052], "better"), row("osgd", -0.02, [-0.03, -0.01], "worse"),
         row("spectral", 0.01, [-0.01, 0.03], "not settled"), row("refined k 64", 0.05, [0.04, 0.06], "better", "images")],
         "cost": [{"group": "osgd", "seeds": 3, "target": 0.44, "steps": None, "steps_ratio": None, "steps_ratio_interval": [0.97, None],
                   "seconds": 12.5, "seconds_ratio": 0.61, "seconds_ratio_interval": None, "gain": 0.0123, "gain_interval": [-0.01, 0.0345]}]})
-    (results / "neighbours.png").write_bytes(PNG)
+    (results / "quick/neighbours.png").write_bytes(PNG)
     blocks = report.build(results, runs)
     reader, _ = read_page(blocks, results)
     text = "\n".join(reader.text)
-    for expected in ("43.2 [41.0 to 45.0]", "3.1 [1.1 to 5.2]", "not reached [0.97 to ∞]", "12.5", "0.61", "1.23 [-1 to 3.45]", "results/curve.png"):
+    for expected in ("43.2 [41.0 to 45.0]", "3.1 [1.1 to 5.2]", "not reached [0.97 to ∞]", "12.5", "0.61", "1.23 [-1 to 3.45]", "results/quick/curve.png"):
         assert expected in text, expected
     claims = next(block[2] for block in blocks if block[0] == "table" and block[3].startswith("4 claims"))
     assert [line[-1].split(" ", 1)[1] for line in claims] == ["holds", "does not hold", "not settled", "not settled"]
     refuted, _ = contradictions(blocks)[0]
-    assert refuted[-1] == "retrieval, generated images: two views: osgd finds more partners first than random at equal steps"
+    assert refuted[-1] == "retrieval, generated images, quick: two views: osgd finds more partners first than random at equal steps"
 
 
 def test_bench_writes_what_the_report_reads(full):
@@ -192,11 +192,11 @@ def test_damaged_and_unfinished_are_named(full):
     ("runs/quick-random/result.json", {"step": None}), ("runs/quick-random/result.json", {"R1": None}),
     ("runs/quick-random/result.json", {"versions": None}), ("results/synthetic/toy.json", {"claims": None}),
     ("results/synthetic/toy.json", {"claims": [{"claim": "no interval", "verdict": "holds"}]}), ("results/samplers.json", {"k": ...}),
-    ("results/samplers.json", {"samplers": [{"sampler": "random"}]}), ("results/retrieval.json", {"two views": [{"difference": 1, "R1": 0}]}),
-    ("results/retrieval.json", {"cost": [{"group": "osgd"}]})])
+    ("results/samplers.json", {"samplers": [{"sampler": "random"}]}), ("results/quick/retrieval.json", {"two views": [{"difference": 1, "R1": 0}]}),
+    ("results/quick/retrieval.json", {"cost": [{"group": "osgd"}]})])
 def test_a_foreign_file_costs_its_own_section_alone(full, path, change):
     results, runs = full
-    write(results / "retrieval.json", {**MADE, "baseline": "random", "two views": [row("random", None, None, "baseline"),
+    write(results / "quick/retrieval.json", {**MADE, "dataset": "deadleaves", "baseline": "random", "two views": [row("random", None, None, "baseline"),
                                                                                            row("osgd", -0.5, [-0.6, -0.4], "worse")]})
     path = results.parent / path
     write(path, {k: x for k, x in (json.loads(path.read_text()) | change).items() if x is not ...})

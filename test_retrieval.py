@@ -22,6 +22,7 @@ import compare
 import corruptions
 import data
 import figures
+import report
 import retrieval
 import train
 from augment import MEAN, STD
@@ -457,6 +458,11 @@ def test_everything_and_again_from_what_is_kept(runs, tmp_path, monkeypatch, cap
             assert image.width > 800 and np.asarray(image.convert("L")).std() > 5
         assert (tmp_path / "out" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not [x for x in os.listdir(tmp_path / "out") if x.endswith("tmp")]
+    blocks = report.build(tmp_path, runs)  # and the report reads it
+    assert [block[1] for block in blocks if block[0] == "h3"] == [f"generated images, out: {title}" for title in record if title.split(",")[0] in
+                                                                  ("two views", "corruptions", "probe")]
+    unread = next(blocks[i + 1][2] for i, block in enumerate(blocks) if block == ("h2", "What is missing"))
+    assert not [line for line in unread if "retrieval" in line[0] or line[1] == "cannot be read"], unread
 
     kept = json.loads((runs / "random-0" / "results.json").read_text())
     assert len(kept) == 6

@@ -1,13 +1,20 @@
 """Tests of run_all.sh on a stand-in for Python that notes what it was asked to do.  Run: pytest test_run_all.py"""
 import fcntl
+import io
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import plan
+from model import ContrastiveModel
 
 HERE = Path(__file__).parent
 CODE = [path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")] + ["synthetic.py", "report.py"]
@@ -217,6 +224,34 @@ def test_dry_run_runs_nothing(repo):
         ["run", "test", "anew each time", "", "-m pytest -q "], ["run", "report", "anew each time", "", "report.py "]]
 
 
+def test_the_plan_of_the_papers_runs(repo, monkeypatch, capsys):
+    """Against arithmetic by hand; the times of a step (0.1 s), a view (1 ms) and a window (19 ms) are given."""
+    with FlopCounterMode(display=False) as counter:
+        ContrastiveModel().encoder(torch.zeros(1, 3, 224, 224))
+    assert counter.get_total_flops() == pytest.approx(2 * plan.FORWARD * 224 ** 2, rel=0.01)
+    (repo / "fake").write_text(PYTHON.replace("cat; exit", "cat >plan; exit"))
+    run(repo, "--dry-run", "--full", "train", "retrieval")
+    monkeypatch.setattr(sys, "stdin", io.StringIO((repo / "plan").read_text()))
+    monkeypatch.setattr(plan, "measure", lambda *_: (0.1, 1e-3))
+    monkeypatch.setattr(plan, "repeated", lambda *_: 0.019)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan.plan(jobs=1)
+    text = capsys.readouterr().out
+    counts = {line.split()[0]: line.split()[1:] for line in text.split("\nrun ")[-1].splitlines() if line[:4] in ("cifa", "tiny")}
+    assert len(counts) == 12
+    steps, view = 100 * (100_000 // 32), 2 * 1.82e9  # of Tiny ImageNet
+    for sampler, embedded in ("random", 0), ("osgd", 2 * 32 * 10), ("spectral", 2 * 32):  # views a step
+        flop = view * steps * (3 * 64 + embedded)
+        assert counts[f"tinyimagenet-{sampler}-simclr"][:4] == [f"{steps:,}", "64", f"{embedded:,}", f"{flop:.1e}"]
+    hours = {line.split("runs/")[1].split()[0]: line.split()[1] for line in text.splitlines() if line.startswith("run ") and "train.py" in line}
+    validation = 2 * 1000 / 3125  # views a step
+    assert hours["tinyimagenet-random-simclr"] == f"{steps * (0.1 + validation * 1e-3) / 3600:.1f}"
+    assert hours["tinyimagenet-osgd-simclr"] == f"{steps * (0.1 + (validation + 640) * 1e-3) / 3600:.1f}"
+    assert hours["tinyimagenet-spectral-simclr"] == f"{steps * (0.1 + (validation + 64) * 1e-3 + 0.019 / 40) / 3600:.1f}"
+    total = sum(2 * view * n * (3 * 3 * 64 + 640 + 64) for n in (100 * (50_000 // 32), steps))  # both objectives
+    assert f"{total:.1e}" == "4.4e+18" in text and "cifar100 154 MB, tinyimagenet 1,229 MB" in text
+
+
 def test_dry_run_of_full_runs_says_which_are_evaluated_anew(repo):
     own = "--full", "--own-size", "train", "retrieval"
     run(repo, *own, DATASETS="cifar100 tinyimagenet", OBJECTIVES="simclr")
@@ -229,14 +264,33 @@ def test_dry_run_of_full_runs_says_which_are_evaluated_anew(repo):
     assert planned()["retrieval-tinyimagenet-own"][0] == "skip"
 
 
-def test_dry_run_after_an_interrupted_setup(repo):
+def test_setup_says_why(repo):
     (repo / ".venv/bin").mkdir(parents=True)
     (repo / ".venv/made-by-run_all.sh").touch()
     shutil.copy(repo / "fake", repo / ".venv/bin/python")  # a Python without the packages
     (repo / "requirements.txt").write_text("torch\n")
-    code, steps, error, calls = run(repo, "--dry-run", RUN_PYTHON="")
-    assert code == 0 and not error and not calls
-    assert steps["setup"] == ("run", ".venv is not there yet, so there are no estimates")
+
+    def reason(**more):
+        code, steps, error, calls = run(repo, "--dry-run", RUN_PYTHON="", **more)
+        assert code == 0 and not error and bool(calls) == (steps["setup"][0] == "skip")
+        return steps["setup"][1]
+    assert reason() == "begun and not finished; so there are no estimates"
+    shutil.copy(repo / "requirements.txt", repo / ".venv/complete")
+    (repo / ".venv/cpu-only").touch()
+    gpu = with_gpus(repo, "0")
+    assert reason() == "the packages are there" and reason(**gpu) == "there is a GPU now; so there are no estimates"
+    (repo / "requirements.txt").write_text("torch\nnumpy\n")
+    assert reason() == "requirements.txt changed; so there are no estimates"
+    shutil.rmtree(repo / ".venv")
+    assert reason() == "first time; so there are no estimates"
+
+
+def test_setup_without_packages_to_be_had(repo):
+    """pip fails: one line more, exit code 2, and nothing that a later call takes for a whole .venv."""
+    (repo / "requirements.txt").write_text("no-such-package-of-ours==1\n")
+    code, steps, error, _ = run(repo, "setup", RUN_PYTHON="", PIP_NO_INDEX="1")
+    assert code == 2 and steps["setup"] == ("run", "first time (some minutes)")
+    assert error.splitlines()[-1].startswith("run_all.sh: error: pip could not install") and not (repo / ".venv/complete").exists()
 
 
 def test_full_plan(repo):
@@ -292,19 +346,18 @@ def test_a_run_that_is_still_trained_is_left_alone(repo):
 
 
 def test_jobs_are_dealt_to_the_gpus(repo):
-    started = time.time()
-    code, _, _, calls = run(repo, "train", **with_gpus(repo, "3,5"), STEP_SECONDS="1")
+    code, _, _, calls = run(repo, "train", **with_gpus(repo, "3,5"), STEP_SECONDS="2")
     devices, times = zip(*(line.split() for line in (repo / "devices").read_text().splitlines()))
     assert code == 0 and len(calls) == 4
     assert sorted(devices) == ["3", "3", "5", "5"]
-    assert int(times[1]) - int(times[0]) < 1e9 and time.time() - started < 4  # two at a time
+    assert int(times[1]) - int(times[0]) < 2e9 <= int(times[2]) - int(times[0])  # two at a time
     assert (repo / "runs/.steps/quick-random.log").exists()
 
 
 @pytest.mark.parametrize("words, said", [
     (["trian"], "trian is no stage; stages: setup test synthetic train retrieval bench report"),
     (["train", "--fast"], "--fast is no option; options: --full"), (["--jobs", "0"], "--jobs 0: give a number"),
-    (["--jobs"], "--jobs without a number: give"), (["--jobs", "two"], "--jobs two: give a number")])
+    (["--jobs"], "--jobs without a number: give"), (["--jobs", "99999999999999999999"], "--jobs 99999999999999999999: give"), (["--jobs", "two"], "--jobs two: give a number")])
 def test_wrong_usage(repo, words, said):
     code, _, error, calls = run(repo, *words)
     assert code == 2 and not calls and said in error and error.count("\n") == 1 and not (repo / "runs").exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import report
 import synthetic
 import theory
 from model import infonce
@@ -265,18 +266,20 @@ def test_first_steps():
 def test_every_experiment_writes_its_record(name, tmp_path, capsys):
     embeddings = tmp_path / "e.npz"
     np.savez(embeddings, a_u=np.random.default_rng(0).normal(size=(96, 8)), a_v=np.random.default_rng(1).normal(size=(96, 8)))
-    argv = ["--quick", "--experiment", name, "--out", str(tmp_path / "out"), "--seeds", "2", "--steps", "3", "--embeddings", str(embeddings)]
+    argv = ["--quick", "--experiment", name, "--out", str(tmp_path / "synthetic"), "--seeds", "2", "--steps", "3", "--embeddings", str(embeddings)]
     assert synthetic.main(argv) == 0
     printed = capsys.readouterr().out
-    record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    record = json.loads((tmp_path / "synthetic" / f"{name}.json").read_text())
     assert {"knobs", "command", "commit", "versions", "device", "numbers", "claims", "seconds"} <= record.keys()
     assert record["claims"] and all(c["claim"] in printed and c["verdict"] in ("holds", "does not hold", "not settled") for c in record["claims"])
-    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [f"{name}.{x}" for x in ("json", "pdf", "png")]
-    assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+    assert sorted(x.name for x in (tmp_path / "synthetic").iterdir()) == [f"{name}.{x}" for x in ("json", "pdf", "png")]
+    assert (tmp_path / "synthetic" / f"{name}.png").stat().st_size > 5000
     first = record["numbers"]
-    assert synthetic.main(argv) == 0 and json.loads((tmp_path / "out" / f"{name}.json").read_text())["numbers"] == first
+    assert synthetic.main(argv) == 0 and json.loads((tmp_path / "synthetic" / f"{name}.json").read_text())["numbers"] == first
     if name == "histograms":
         assert [x["set"] for x in first][-1] == "a"
+    blocks = report.build(tmp_path, tmp_path / "runs")  # and the report reads it
+    assert ("h3", name.capitalize()) in blocks and not any("cannot be read" in line for block in blocks if block[0] == "table" for line in block[2])
 
 
 @pytest.mark.parametrize("argv, words", [
