@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from cli import Stop, write_atomically
-from compare import interval_over
+from compare import NAMES, interval_over
 
 EXPERIMENTS = {  # of synthetic.py, and the statement of the paper that each puts to the test
     "toy": "Four samples in the plane: high-loss batches need far fewer steps than random ones, the fewer the closer to the optimum.",
@@ -250,8 +250,8 @@ def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
         scores = [name for name in rows[0] if f"{name}_interval" in rows[0] and name != "difference"]
         show = lambda row, name: "" if row[name] is None else "{:.1f} [{:.1f} to {:.1f}]".format(*(100 * x for x in (row[name], *row[f"{name}_interval"])))
         body += [("h3", f"{where}: {title}"), ("p", f"In percent, with 95 % intervals over {interval_over(rows)}; {rows[0]['images']:,} images; "
-                                               f"difference: of {scores[0]} to {record['baseline']}'s."),
-                 ("table", ["", "seeds", "difference", *(re.sub(r"^R(\d+)$", r"R@\1", name) for name in scores), "training", "selecting"],
+                                               f"difference: of {NAMES[scores[0]]} to {record['baseline']}'s."),
+                 ("table", ["", "seeds", "difference", *(NAMES[name] for name in scores), "training", "selecting"],
                   [[row["group"], str(row["seeds"]), *(show(row, name) for name in ["difference", *scores]), clock(row["seconds_training"]),
                     clock(row["seconds_selecting"])] for row in rows], "")]
         claims[f"retrieval, {where}"] = claims.get(f"retrieval, {where}", []) + [{
