@@ -4,11 +4,11 @@ Used by retrieval.py. Scores are numpy arrays, higher is better: [n] of one run'
 """
 import glob
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from cli import Stop, nearest
 from figures import COLOURS, canvas
@@ -18,8 +18,7 @@ NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "linear": "linea
 NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "compile", "resume", "max_steps", "log_every", "checkpoint_minutes"}
 SAME_VIEWS = ("dataset", "source_size", "image_size", "crop_scale", "jitter", "skip_broken")
 LOGGED = "step", "R1", "seconds_training", "seconds_selecting"  # in each line of log.jsonl
-DRAWS = 4000  # of the bootstrap
-QUERIES, NEAREST = 4, 5  # of the picture of neighbours
+DRAWS, OF_IMAGES = 100_000, 4000  # of the bootstrap: of seeds, whose tails are long, and among them different ones of images
 FEWEST = 20  # images that a verdict takes
 
 
@@ -49,8 +48,10 @@ def read_runs(words: list[str]) -> list[Run]:
             texts = [(folder / name).read_text() for name in ("config.json", "result.json", "log.jsonl")]
             run = Run(folder, json.loads(texts[0])["knobs"], json.loads(texts[1]), list(map(json.loads, texts[2].splitlines())))
             if not {"sampler", "objective", "seed", "data_dir", "limit", "batch_size", *SAME_VIEWS} <= run.knobs.keys() or \
-                    not run.log or any(not isinstance(line[x], (int, float)) for line in run.log for x in LOGGED) or \
-                    not {"seconds_training", "seconds_selecting"} <= run.result.keys():
+                    not run.log or not all(math.isfinite(line[x]) for line in run.log for x in LOGGED) or \
+                    not {"seconds_training", "seconds_selecting"} <= run.result.keys() or \
+                    [type(run.knobs[x]) for x in ("data_dir", "seed", "batch_size", "image_size")] != [str, int, int, int] or \
+                    not isinstance(run.knobs["limit"], (int, type(None))):
                 raise ValueError
         except OSError:
             raise Stop(f"no finished run in {folder}: give folders that hold a result.json, or finish the run with "
@@ -119,26 +120,28 @@ def intervals(estimates: list[list[np.ndarray]], seed: int = 0) -> np.ndarray:
 
     An estimate is a list of independent groups of seeds [S, n] whose means are added up: one group; a group of paired
     differences; or a group and the negative of another. The images are the same for all estimates, and are drawn once
-    for all of them, with Rubin's (1981) weights. Where a group has one seed, nothing is said about other seeds.
+    for all of them, with Rubin's (1981) weights. Where a group has one seed, nothing is said about other seeds. Few
+    seeds can agree by luck, so no interval is narrower on either side than the images alone make it.
     """
     generator = np.random.default_rng(seed)
     n = estimates[0][0].shape[1]
     by_image = np.stack([sum(x.mean(0) for x in e) for e in estimates], 1)  # [n, K]
+    means = by_image.mean(0)
+    around, draws = (by_image - means).astype(np.float32), []
+    for part in np.array_split(np.arange(OF_IMAGES), -(-OF_IMAGES * n // 2 ** 22)):
+        weights = generator.standard_exponential((len(part), n), dtype=np.float32)
+        draws.append(weights / weights.sum(1, keepdims=True) @ around)
+    draws, found = np.concatenate(draws).astype(np.float64), []  # [OF_IMAGES, K], about 0
     for k, e in enumerate(estimates):
         # What images and seeds do together is in the scatter of the seeds already: the images' share is what is left.
         together = sum(((x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()) ** 2).sum() / (len(x) * (len(x) - 1) * max(n - 1, 1))
                        for x in e if len(x) > 1)
         alone = by_image[:, k].var(ddof=1) if n > 1 else 0.0
-        by_image[:, k] = (by_image[:, k] - by_image[:, k].mean()) * np.sqrt(max(0.0, 1 - together / alone) if alone else 0.0)
-    draws = []
-    for part in np.array_split(np.arange(DRAWS), -(-DRAWS * n // 2 ** 22)):
-        weights = generator.standard_exponential((len(part), n), dtype=np.float32)
-        draws.append(weights / weights.sum(1, keepdims=True) @ by_image.astype(np.float32))
-    draws = np.concatenate(draws).astype(np.float64)  # [DRAWS, K], about 0
-    means = np.array([sum(x.mean() for x in e) for e in estimates])
-    for k, e in enumerate(estimates):
-        draws[:, k] += sum(seed_weights(len(x), generator) @ x.mean(1) for x in e)
-    return np.concatenate([means[:, None], np.quantile(draws, (0.025, 0.975), axis=0).T], 1)
+        both = np.resize(draws[:, k] * np.sqrt(max(0.0, 1 - together / alone) if alone else 0.0), DRAWS)
+        both += sum(seed_weights(len(x), generator) @ x.mean(1) for x in e)
+        (low, high), (least, most) = (np.quantile(x, (0.025, 0.975)) for x in (both, means[k] + draws[:, k]))
+        found.append([means[k], min(low, least), max(high, most)])
+    return np.array(found)
 
 
 def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.ndarray]:
@@ -172,7 +175,8 @@ def table(scores: list[dict[str, np.ndarray]], runs: list[Run], groups: dict[str
     found = iter(intervals(estimates).tolist())
     for row, members in zip(rows, groups.values()):
         for name in names:
-            row[name], *row[f"{name}_interval"] = next(found)
+            row[name], *interval = next(found)
+            row[f"{name}_interval"] = [max(0.0, interval[0]), min(1.0, interval[1])]
         row["difference"], *row["difference_interval"] = next(found)
         # Another seed can turn what one seed shows, and what a handful of images show is chance.
         settled = row["difference_seeds"] > 1 and row["images"] >= FEWEST
@@ -264,7 +268,8 @@ def cost(found: dict[str, dict], baseline: str, target: float | None, seed: int 
             low, high = np.quantile(ratio[1:], (0.025, 0.975), method="lower" if np.isinf(ratio).any() else "linear")
             several = min(row["seeds"], len(found[baseline]["seeds"])) > 1
             row |= {name: reached[0], f"{name}_ratio": ratio[0], f"{name}_ratio_interval": [low, high] if several else None}
-        gain = np.array([np.interp(seconds[0, -1], x[1][0], line, left=np.nan) for line in drawn]) - y[:, -1]
+        at_equal_seconds = [np.interp(seconds[0, -1], x[1][0], point, left=np.nan) for point in np.eye(drawn.shape[1])]
+        gain = drawn @ np.array(at_equal_seconds) - y[:, -1]
         row |= {"gain": gain[0], "gain_interval": np.quantile(gain[1:], (0.025, 0.975)).tolist() if several else None}
         rows.append({k: finite(v) for k, v in row.items()})
     return rows
@@ -314,11 +319,6 @@ def draw_curves(found: dict[str, dict], runs: list[Run], groups: dict[str, list[
     axes[0, 1].set(xlabel="seconds of training and selecting")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(found)))
     return figure
-
-
-def query_rows(n: int) -> torch.Tensor:
-    """Which of n images have their neighbours drawn: some, spread over all."""
-    return torch.linspace(0, n - 1, min(QUERIES, n)).round().long()
 
 
 def draw_neighbours(found: dict[str, np.ndarray], queries: np.ndarray, pictures: dict[int, tuple[np.ndarray, np.ndarray]], labels: np.ndarray):

@@ -32,25 +32,36 @@ def clean_folder(data_dir: Path) -> Path:
     return data_dir.parent if data_dir.name.lower() in [name.lower() for name, _ in OFFICIAL.values()] else data_dir
 
 
+def published(dataset: str, data_dir: Path) -> Path:
+    """The folder of the -C set of this data set, in data_dir or data_dir itself. Raises FileNotFoundError where there is none."""
+    name, url = OFFICIAL[dataset]
+    data_dir = data_dir.parent if data_dir.is_file() else data_dir  # a zip of the clean images
+    found = [path for path in (data_dir, *sorted(data_dir.iterdir())) if path.is_dir() and path.name.lower() == name.lower()]
+    if not found:
+        raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")
+    return found[0]
+
+
+def digest(folder: Path) -> str:
+    """Of the names, sizes and times of a -C set's arrays and folders: tells a changed set from the one before without reading it."""
+    there = [(path, path.stat()) for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth))]
+    return data.digest("".join(f"{path.relative_to(folder)} {s.st_size} {s.st_mtime_ns}\n" for path, s in there).encode())
+
+
 def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callable:
     """Reader of the -C set of this data set in data_dir (or data_dir itself), after a check of its whole layout.
 
     dataset: cifar100 or tinyimagenet. labels [N]: of the whole validation split. size: side to which Tiny-ImageNet-C's JPEGs
     are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or OSError, with one line, for a set that is absent or not complete.
     """
-    name, url = OFFICIAL[dataset]
-    clean, data_dir = clean_folder(data_dir), data_dir.parent if data_dir.is_file() else data_dir  # a zip of the clean images
-    found = [path for path in (data_dir, *sorted(data_dir.iterdir())) if path.is_dir() and path.name.lower() == name.lower()]
-    if not found:
-        raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")
-    folder = found[0]
+    folder, url = published(dataset, data_dir), OFFICIAL[dataset][1]
     names, suffix = (CIFAR, ".npy") if dataset == "cifar100" else (TINY, "")
     missing = [x for x in names if not (folder / f"{x}{suffix}").exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(x + suffix for x in missing)}: it takes all {len(names)} corruptions; "
                                 f"get the whole set from {url}")
     read = cifar_c if dataset == "cifar100" else tiny_c
-    return read(folder, names, clean, labels.numpy(), size)
+    return read(folder, names, clean_folder(data_dir), labels.numpy(), size)
 
 
 def cifar_c(folder: Path, names: tuple, clean: Path, labels: np.ndarray, size: int) -> Callable:
@@ -104,9 +115,13 @@ def tiny_c(folder: Path, names: tuple, clean: Path, labels: np.ndarray, size: in
 
     def decoded(path: Path) -> Tensor:
         try:
-            return torch.from_numpy(data.decode(path.read_bytes(), size).copy())
+            content = path.read_bytes()
+            image, sides = torch.from_numpy(data.decode(content, size).copy()), Image.open(io.BytesIO(content)).size
         except Exception as error:  # Pillow fails in many ways on a damaged file
             raise OSError(f"cannot read {path} ({type(error).__name__}): get it again") from None
+        if sides != (64, 64):
+            raise ValueError(f"{path} has {sides[0]} x {sides[1]} pixels, not 64 x 64: get it again")
+        return image
 
     def corrupted(rows: Tensor, severity: int) -> Tensor:
         paths = [folder / name / str(severity) / wnid_of[files[i]] / files[i] for i in rows.tolist() for name in names]

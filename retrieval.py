@@ -52,7 +52,8 @@ KNOBS = {
     "target": (None, "float > 0 < 1", "R@1 to reach, between 0 and 1 (default: the baseline's mean at its end)"),
     "out": ("results", str, "folder of the table and the figures"),
 }
-MADE_BY = "retrieval.py", "compare.py", "corruptions.py", "probe.py", "model.py", "augment.py", "data.py", "deadleaves.py"  # what scores depend on
+QUERIES, NEAREST = 4, 5  # of the picture of neighbours
+MADE_BY = "retrieval.py", "corruptions.py", "probe.py", "model.py", "augment.py", "data.py", "deadleaves.py"  # what scores depend on
 
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -124,8 +125,8 @@ def load_checkpoint(path: Path, knobs: dict) -> ContrastiveModel:
         model = ContrastiveModel(settings["small_stem"])
         if not differences:
             model.load_state_dict(weights)
-    except OSError as error:
-        raise Stop(f"{path}: {error.strerror or error}; give folders of runs that train.py wrote") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise Stop(f"{path}: {error.strerror}; give folders of runs that train.py wrote") from None
     except Exception as error:  # torch.load fails in many ways on a damaged file
         raise Stop(f"{path} cannot be used ({type(error).__name__}): it is damaged or not of train.py; give another run, or "
                    "train it again") from None
@@ -172,8 +173,8 @@ def two_views(model: nn.Module, images: Tensor, rows: Tensor, views, repeats: in
         u, v = embed(model, views(images, torch.Generator().manual_seed(1000 * seed + repeat)), rows)
         ranks.append(partner_ranks(u, v))
         if repeat == 0:
-            query = F.normalize(u[compare.query_rows(len(rows)).to(u.device)], dim=1)
-            nearest = (query @ F.normalize(v, dim=1).T).topk(min(compare.NEAREST, len(v)), dim=1).indices
+            query = F.normalize(u[query_rows(len(rows)).to(u.device)], dim=1)
+            nearest = (query @ F.normalize(v, dim=1).T).topk(min(NEAREST, len(v)), dim=1).indices
     return {"ranks": torch.stack(ranks).cpu().numpy().astype(np.int32), "neighbours": nearest.cpu().numpy().astype(np.int32)}
 
 
@@ -212,8 +213,11 @@ def summary(task: str, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
         draws = [rank_metrics(r) for r in arrays["ranks"]]
         by_draw = {**{name: [(d[f"u2v_{name}"] + d[f"v2u_{name}"]) / 2 for d in draws] for name in scores},
                    **{name: [d[name] for d in draws] for name in draws[0]}}
+        each = lambda r, name: r.astype(float) if name == "mean_rank" else 1 / r if name == "mrr" else r <= int(name[1:])
+        scores |= {f"{way}_{name}": entry(each(arrays["ranks"][:, i], name).mean(0)) for i, way in enumerate(("u2v", "v2u"))
+                   for name in ("R1", "R5", "R10", "mean_rank", "mrr")}
         scores = {name: {"mean": float(np.mean(x)), "se_images": scores.get(name, {}).get("se_images"), "se_draws": over_draws(x)}
-                  for name, x in by_draw.items()}
+                  for name, x in by_draw.items()}  # of a median over images there is no standard error
     return scores
 
 
@@ -292,6 +296,7 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
         val = load(run, "val", clean, settings["two views"]["limit"])
         if any(trains.values()):
             train = load(run, "train", clean, run.knobs["limit"])
+        published = corruptions.digest(corruptions.published(run.knobs["dataset"], folder)) if knobs["corruptions"] == "official" else None
     except (ValueError, OSError) as error:
         raise Stop(f"{run.folder}: {error}") from None
 
@@ -300,7 +305,7 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
     digest, train_digest = looks(*val), looks(*train) if any(trains.values()) else ""
     for title, s in settings.items():
         s |= {"images_digest": digest} | ({"train_digest": train_digest} if trains[title] else {})
-        s |= {"folder": data.digest(str(folder.resolve()))} if knobs["corruptions"] == "official" else {}
+        s |= {"published": published} if "corruptions" in title and published else {}
     keys = {title: " ".join(f"{name}={value}" for name, value in s.items()) for title, s in settings.items()}
     try:
         fingerprint = [checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
@@ -339,12 +344,18 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> dict[str, t
             for title, key in keys.items()}
 
 
+def query_rows(n: int) -> Tensor:
+    """Which of n images have their neighbours drawn: some, spread over all."""
+    return torch.linspace(0, n - 1, min(QUERIES, n)).round().long()
+
+
 def neighbours(runs: list[compare.Run], groups: dict[str, list[int]], found: list[dict], knobs: dict):
     """The picture of the images nearest to a few, by the first run of each group, as the views of the first draw."""
     run, limit = runs[0], plan(runs[0], knobs)["two views"]["limit"]
     images, labels, rows = load(run, "val", corruptions.clean_folder(data_folder(run, knobs)), limit)
-    nearest = {group: found[members[0]]["two views"][1]["neighbours"] for group, members in groups.items()}
-    queries = compare.query_rows(len(rows)).numpy()
+    nearest = {group + f"\nseed {runs[members[0]].knobs['seed']}" * (len(members) > 1): found[members[0]]["two views"][1]["neighbours"]
+               for group, members in groups.items()}
+    queries = query_rows(len(rows)).numpy()
     shown = np.unique(np.concatenate([queries, *(x.ravel() for x in nearest.values())]))
     views = augmented(images, torch.Generator().manual_seed(knobs["seed"]), run.knobs["image_size"], run.knobs["crop_scale"],
                       run.knobs["jitter"], torch.device("cpu"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -210,6 +211,10 @@ def test_tiny_imagenet_c(tmp_path):
     for file in tmp_path.glob("*.zip"):
         file.unlink()
     image = folder / "fog" / "3" / "n02" / "val_2.JPEG"
+    whole = image.read_bytes()
+    Image.new("RGB", (48, 70)).save(image)
+    refused("val_2.JPEG has 48 x 70 pixels, not 64 x 64")
+    image.write_bytes(whole)
     image.rename(tmp_path / "kept")
     refused("fog/3 lacks val_2.JPEG")
     shutil.copy(tmp_path / "kept", folder / "fog" / "3" / "n01" / "val_2.JPEG")
@@ -264,6 +269,48 @@ def test_probe_finds_what_is_there_and_nothing_else():
         probe(encoder, [(*s[:2], labels * 0) for s in sets], 4, torch.device("cpu"), 0)
 
 
+def test_probe_is_what_its_docstring_says():
+    """Against loops over images for the neighbours, and scipy's optimiser for the linear classifier and its L2."""
+    g = Generator().manual_seed(1)
+    labels = torch.arange(600) % 3
+    x = (0.35 * torch.randn(3, 100, generator=g))[labels] + torch.randn(600, 100, generator=g)
+    images = (127 + 30 * x[:, :75]).clamp(0, 255).byte().view(600, 3, 5, 5)
+    near, linear = probe(nn.Flatten(), [(images, torch.arange(300), labels), (images, torch.arange(300, 600), labels)], 5, torch.device("cpu"), 0)
+    x = ((images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).flatten(1).double().numpy()
+    y = labels.numpy()
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for i in range(300, 600):
+        cosine = unit[:300] @ unit[i]
+        votes = np.zeros(3)
+        for j in np.argsort(-cosine)[:20]:
+            votes[y[j]] += np.exp(cosine[j] / 0.07)
+        assert near[i - 300] == (votes.argmax() == y[i])
+    x = (x - x[:300].mean(0)) / x[:300].std(0, ddof=1)
+
+    def classes(rows, l2, of):
+        def loss(w):
+            w = torch.from_numpy(w).view(3, 76).requires_grad_()
+            value = F.cross_entropy(torch.from_numpy(x[rows]) @ w[:, :-1].T + w[:, -1], labels[rows]) + l2 / 2 * w[:, :-1].square().sum()
+            value.backward()
+            return value.item(), w.grad.numpy().ravel()
+        w = scipy.optimize.minimize(loss, np.zeros(228), jac=True, method="L-BFGS-B").x.reshape(3, 76)
+        return (x[of] @ w[:, :-1].T + w[:, -1]).argmax(1) == y[of]
+    order = torch.randperm(300, generator=Generator().manual_seed(0)).numpy()
+    held = {l2: classes(order[60:], l2, order[:60]).mean() for l2 in (0.3, 0.1, 0.03, 0.01, 0.003)}
+    agree = {l2: (classes(np.arange(300), l2, np.arange(300, 600)) == linear).mean() for l2 in held}
+    assert agree[max(held, key=held.get)] == max(agree.values()) > 0.99 and min(agree.values()) < 0.97, (held, agree)
+
+
+def test_scores_of_images():
+    ranks = np.ones((5, 2, 6, 14), np.uint8)
+    ranks[4] = 4  # at the highest severity no partner is found
+    found = retrieval.image_scores("corruptions, built-in", {"ranks": ranks})
+    assert [found[f"severity_{s}"].tolist() for s in (1, 4, 5)] == [[1] * 6, [1] * 6, [0] * 6]
+    assert found["R1"] == pytest.approx(np.full(6, 0.8)) and found["mrr"] == pytest.approx(np.full(6, 0.85))
+    found = retrieval.image_scores("probe", {"correct": np.array([[True, True], [False, True]])})  # neighbours, linear
+    assert list(found) == ["linear", "knn"] and found["linear"].tolist() == [0, 1] and found["knn"].tolist() == [1, 1]
+
+
 # ------------------------------------------------------------------------------------------------- comparisons
 def scores(rng, images, seeds, gain=0.0, n=200):
     """Made-up R@1 [n] by seed: images of different difficulty, seeds of different luck, chance."""
@@ -304,18 +351,22 @@ def test_intervals_of_means():
     images = rng.normal(size=500) + np.zeros((4, 1))
     one = rng.normal(size=(1, 500))
     found = compare.intervals([[seeds], [images], [one], [seeds, -images]])
-    half = [3.182 * seeds[:, 0].std(ddof=1) / 2, 1.96 * images[0].std() / 500 ** 0.5, 1.96 * one.std() / 500 ** 0.5]
+    half = [3.1824 * seeds[:, 0].std(ddof=1) / 2, 1.96 * images[0].std() / 500 ** 0.5, 1.96 * one.std() / 500 ** 0.5]
     for (mean, low, high), x, h in zip(found, (seeds, images, one), half):
-        assert mean == pytest.approx(x.mean()) and high - mean == pytest.approx(h, rel=0.12) and mean - low == pytest.approx(h, rel=0.12)
+        assert mean == pytest.approx(x.mean()) and high - mean == pytest.approx(h, rel=0.07) and mean - low == pytest.approx(h, rel=0.07)
     assert found[3, 0] == pytest.approx(seeds.mean() - images.mean())
     np.testing.assert_allclose(compare.intervals([[np.ones((3, 7))]]), [[1, 1, 1]])
+    lucky = rng.normal(size=(3, 500))  # seeds whose means agree by chance say nothing of other images
+    mean, low, high = compare.intervals([[lucky - lucky.mean(1, keepdims=True)]])[0]
+    half = 1.96 * (lucky - lucky.mean(1, keepdims=True)).mean(0).std() / 500 ** 0.5
+    assert high - mean == pytest.approx(half, rel=0.1) and mean - low == pytest.approx(half, rel=0.1)
 
 
 def test_pairs():
-    a, b = {s: np.full(4, s) for s in (1, 2, 3)}, {s: np.full(4, 10.0) for s in (2, 3, 4)}
-    assert [x.tolist() for x in compare.difference(a, b)] == [[[-8] * 4, [-7] * 4]]
+    a, b = {s: np.full(4, s) for s in (1, 2, 3)}, {s: np.full(4, 10.0 * s) for s in (4, 3, 2)}
+    assert [x.tolist() for x in compare.difference(a, b)] == [[[-18] * 4, [-27] * 4]]
     far = {s + 7: x for s, x in b.items()}
-    assert [len(x) for x in compare.difference(a, far)] == [3, 3] and sum(x.mean() for x in compare.difference(a, far)) == -8
+    assert [len(x) for x in compare.difference(a, far)] == [3, 3] and sum(x.mean() for x in compare.difference(a, far)) == -28
     assert compare.difference(a, {2: np.zeros(4)})[0].tolist() == [[2] * 4]  # the same seed
     assert compare.difference(a, {9: np.zeros(4)})[0].tolist() == [[2] * 4]  # the mean of all
 
@@ -363,6 +414,12 @@ def test_table_says_what_the_interval_is_over():
     assert low < rows["osgd"]["R1"] - rows["random"]["R1"] < high
     assert rows["osgd"]["difference"] == pytest.approx(rows["osgd"]["R1"] - rows["random"]["R1"])
     assert rows["osgd"]["seconds_training"] == 11 and rows["osgd"]["seconds_selecting"] == 2
+    assert rows["random"]["mrr_interval"] == pytest.approx([0.3, 0.3])
+    for n, word in (19, "not settled"), (20, "better"):  # a handful of images settles nothing
+        some = [{"R1": np.repeat([low, 1.0], [n // 2, n - n // 2])} for low in (0, 0, 0, 0.8, 1, 1)]
+        row = compare.table(some, runs[:6], compare.group_runs(runs[:6]), "random")[1]
+        assert row["difference_interval"][0] > 0 and row["verdict"] == word
+        assert row["R1_interval"][1] == 1  # no more than a share can be
     text = compare.markdown(list(rows.values()), "random").splitlines()
     assert "over images only" in text[5] and "over images only" not in text[3] and "better" in text[3] and f"{100 * low:+.1f}" in text[3]
 
@@ -378,6 +435,8 @@ def test_cost_to_a_target():
         [made_up_run("osgd", s, log(0.08 + 0.001 * s)) for s in (0, 1, 2)] + [made_up_run("spectral", 0, log(0.01))]
     groups = compare.group_runs(runs)
     found = compare.curves(runs, groups)
+    short = compare.curves([run._replace(log=run.log[:4 + run.knobs["seed"]]) for run in runs], groups)["osgd"]  # of the epochs that all have
+    assert short["steps"] == [10, 20, 30, 40] and short["R1"][2] == pytest.approx([0.082 * e for e in range(1, 5)])
     rows = {row["group"]: row for row in compare.cost(found, "random", None)}
     assert rows["random"]["target"] == pytest.approx(0.41) and rows["random"]["steps"] == 100 and rows["random"]["steps_ratio"] == 1
     assert rows["osgd"]["steps"] == pytest.approx(100 * 0.41 / 0.81) and rows["osgd"]["seconds"] == pytest.approx(60 * 0.41 / 0.81)
@@ -472,6 +531,12 @@ def test_everything_and_again_from_what_is_kept(runs, tmp_path, monkeypatch, cap
     logged = json.loads((runs / "random-0" / "log.jsonl").read_text().splitlines()[-1])
     with np.load(runs / "random-0" / "results.npz") as arrays:
         ranks = next(arrays[x] for x in arrays if "task=two views" in x and "recalibrate_batches=0" in x and x.endswith("ranks"))
+    assert (ranks[0] != ranks[1]).any()  # each draw has views of its own
+    each = {way: (ranks[:, i], entry["scores"]) for i, way in enumerate(("u2v", "v2u"))}
+    for way, (r, found) in each.items():
+        for name, x in (("R5", r <= 5), ("mean_rank", r), ("mrr", 1 / r)):
+            assert found[f"{way}_{name}"] == pytest.approx({"mean": x.mean(), "se_images": x.mean(0).std(ddof=1) / 8,
+                                                            "se_draws": x.mean(1).std(ddof=1) / 2 ** 0.5})
     assert ranks.shape == (2, 2, 64) and (ranks[0] == 1).mean() == pytest.approx(logged["R1"])  # the first draw is train.py's
     by_image, by_draw = (ranks == 1).mean((0, 1)), (ranks == 1).mean((1, 2))
     assert entry["scores"]["R1"] == pytest.approx({"mean": by_image.mean(), "se_images": by_image.std(ddof=1) / 8,
@@ -487,6 +552,18 @@ def test_everything_and_again_from_what_is_kept(runs, tmp_path, monkeypatch, cap
     assert json.loads((runs / "random-0" / "results.json").read_text()) == kept
     with pytest.raises(AssertionError, match="embeds again"):
         retrieval.main(small(runs, tmp_path / "again", *words, "--seed", "1"))
+
+
+def test_recalibration_sees_two_views_of_training_images(runs, monkeypatch):
+    batches, real = [], retrieval.recalibrate
+    monkeypatch.setattr(retrieval, "recalibrate", lambda model, x: real(model, [batches.append(b) or b for b in x]))
+    run = compare.read_runs([str(runs / "random-0")])[0]
+    knobs = PLAIN | {"limit": 64, "recalibrate": True, "recalibrate_batches": 5, "seed": 9}
+    retrieval.evaluate(run, knobs, torch.device("cpu"))
+    assert [tuple(b.shape) for b in batches] == [(16, 3, 32, 32)] * 5  # two views of 8
+    means = torch.stack([b.mean((2, 3)) for b in batches]).unflatten(1, (2, 8))  # colours of an image are seen in both
+    assert (means[:, 0] - means[:, 1]).norm(dim=2).mean() < 0.9 * (means[:, 0] - means[:, 1].roll(1, 1)).norm(dim=2).mean()
+    assert not torch.equal(means[:, 0], means[:, 1]) and len(torch.unique(means.flatten(0, 2), dim=0)) == 80
 
 
 PLAIN = {name: default for name, (default, *_) in retrieval.KNOBS.items()}
@@ -596,11 +673,15 @@ def test_checkpoints_that_are_refused(runs, tmp_path, capsys):
     def saved(content):
         torch.save(content, checkpoint)
         return checkpoint.read_bytes()
-    for content, words in ((whole[:-5000], "damaged"), (whole[:1000], "damaged"), (b"", "damaged"), (saved({"weights": 1}), "not of train.py"),
+    class Code:  # what a file that is not only weights could do
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+    for content, words in ((whole[:-5000], "damaged"), (whole[:20000], "damaged"), (whole[:1000], "damaged"), (b"", "damaged"), (saved(Code()), "not of train.py"), (saved({"weights": 1}), "not of train.py"),
                            (saved({"settings": settings, "model": other}), "not of train.py"), (saved(Path("x")), "not of train.py"),
                            (saved({"settings": settings | {"image_size": 64}, "model": {}}), "image_size 64 there, 32 in config.json")):
         checkpoint.write_bytes(content)
         assert words in refusal(capsys, *small(runs, tmp_path / "out", str(run)))
+    assert not (tmp_path / "it ran").exists()
     checkpoint.unlink()
     assert "No such file" in refusal(capsys, *small(runs, tmp_path / "out", str(run)))
     bad = torch.load(runs / "random-0" / "checkpoint.pt", weights_only=True)["model"]
@@ -627,6 +708,14 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
         (other / "config.json").write_text(json.dumps({**config, "knobs": config["knobs"] | {name: value}}))
         line = refusal(capsys, run, str(other), "--out", str(tmp_path / "out"))
         assert name in line and str(value) in line and str(other) in line
+    for name, value in (("limit", "x"), ("data_dir", None), ("seed", 1.5)):
+        (other / "config.json").write_text(json.dumps({**config, "knobs": config["knobs"] | {name: value}}))
+        assert "not of train.py or damaged" in refusal(capsys, str(other), "--out", str(tmp_path / "out"))
+    (other / "config.json").write_text(json.dumps(config))
+    log = (other / "log.jsonl").read_text()
+    (other / "log.jsonl").write_text(log.replace('"R1": ', '"R1": NaN, "x": '))
+    assert "damaged" in refusal(capsys, str(other), "--curve", "--out", str(tmp_path / "out"))
+    (other / "log.jsonl").write_text(log)
     (other / "config.json").write_text("{}")
     assert "damaged" in refusal(capsys, str(other), "--out", str(tmp_path / "out"))
 
@@ -651,8 +740,14 @@ def test_official_corruptions_through_the_command(runs, tmp_path, monkeypatch, c
     assert retrieval.main([*argv, str(folder)]) == 0
     row = json.loads((tmp_path / "out" / "retrieval.json").read_text())["corruptions, CIFAR-100-C"][0]
     assert row["images"] == 3 and seen[0] == ("cifar100", "val", tmp_path)
+    capsys.readouterr()
+    assert retrieval.main([*argv, str(folder)]) == 0 and "read from" in capsys.readouterr().out
+    array = np.load(folder / "fog.npy")
+    np.save(folder / "fog.npy", 255 - array)  # another set in its place
+    assert retrieval.main([*argv, str(folder)]) == 0
+    assert [line.split(": ")[1].split(",")[0] for line in capsys.readouterr().out.splitlines()[:1]] == ["corruptions"]
     (folder / "snow.npy").unlink()
-    assert "snow.npy" in refusal(capsys, *argv, str(folder), "--seed", "1")
+    assert "snow.npy" in refusal(capsys, *argv, str(folder))
 
 
 def test_figures_are_whole_or_not_there(tmp_path, monkeypatch):
