@@ -8,6 +8,7 @@ import math
 import operator
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -129,8 +130,11 @@ def provenance(device: torch.device) -> dict:
         commit = git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except OSError:  # no git on this machine
         commit = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    try:
+        processor = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux, or of other words
+        processor = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
     return {"command": shlex.join(["python", *sys.argv]), "commit": commit or "unknown", "device": f"{device} ({name})",
             "versions": {"python": platform.python_version(),
                          **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}},

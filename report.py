@@ -15,7 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from cli import Stop, write_atomically
+import torch
+
+from cli import Stop, provenance, write_atomically
 from compare import NAMES, interval_over
 
 EXPERIMENTS = {  # of synthetic.py, and the statement of the paper that each puts to the test
@@ -27,6 +29,8 @@ EXPERIMENTS = {  # of synthetic.py, and the statement of the paper that each put
     "temperature": "The theory is at temperature 1: does the lead of chosen batches last below it? (Not in the paper.)",
     "scaling": "How does the lead of chosen batches grow with the number of samples? (Not in the paper.)",
 }
+PICTURES = {"curve": "R@1 of partner views along training, against steps and against seconds",
+            "neighbours": "the images nearest to a few, by each sampler's embedding"}
 VERDICTS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "not settled": "? not settled"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 0 auto; padding: 1rem; }
@@ -35,7 +39,7 @@ img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { c
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
 th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { background: #f4f4f4; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.long { min-width: 11rem; white-space: normal; } td.command { min-width: 26rem; white-space: normal; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+td.long { min-width: 11rem; white-space: normal; } td.command { min-width: 18rem; white-space: normal; } pre { background: #f4f4f4; padding: .5rem .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .holds { color: #00684a; } .contradicted { color: #a33b00; font-weight: 600; }
 summary { cursor: pointer; }
 """
@@ -99,17 +103,27 @@ def span(interval) -> str:
     return f"{'−∞' if low is None else number(low)} to {'∞' if high is None else number(high)}"
 
 
+def short(commit: str) -> str:
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", commit)
+
+
 def clock(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 # ------------------------------------------------------------------------------------------------- what the files say
 def claim_rows(claims: list[dict]) -> list[list[str]]:
-    return [[c["claim"], number(c["measured"]), span(c["interval"]), c["form"],
-             VERDICTS.get(c["verdict"], c["verdict"])] for c in claims]
+    return [[VERDICTS[c["verdict"]], c["claim"], number(c["measured"]), span(c["interval"]), c["form"]] for c in claims]
 
 
-CLAIM = ["claim", "measured", "95 % interval", "expected", "verdict"]
+CLAIM = ["verdict", "claim", "measured", "95 % interval", "expected"]
+
+
+def again(command: str) -> str:
+    """The call of run_all.sh that makes what the command of one of its steps makes."""
+    stage = (command.split() + ["", ""])[1].removesuffix(".py")
+    mode = "" if "quick" in command or stage not in ("synthetic", "train", "retrieval") else "--full "
+    return f"bash run_all.sh {mode}{'--own-size ' * bool(re.search(r'-(32px|64px|own)( |$)', command))}{stage}"
 
 
 def tally(claims: list[dict]) -> str:
@@ -121,7 +135,7 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
     """The page's blocks, from what lies in the two folders."""
     missing, sources, claims, body = [], [], {}, []
     def source(what: str, record: dict) -> None:
-        sources.append([what, record.get("time", "–")[:16].replace("T", " "), re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", record.get("commit", "–")),
+        sources.append([what, record.get("time", "–")[:16].replace("T", " "), short(record.get("commit", "–")),
                         record.get("device", "–"), record.get("versions", {}).get("torch", "–"), record.get("command", "–")])
 
     def section(path: Path, made_by: str, tell) -> None:
@@ -145,7 +159,7 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
     # theory
     body.append(("h2", "The theory, on free embeddings"))
     for name, statement in EXPERIMENTS.items():
-        made_by = f"python synthetic.py --experiment {name} --out {results}/synthetic"
+        made_by = "bash run_all.sh synthetic"
 
         def theory(record: dict) -> None:
             table = ("table", CLAIM, claim_rows(record["claims"]), tally(record["claims"]))
@@ -158,6 +172,11 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
 
     # training
     body.append(("h2", "Training on chosen batches"))
+    steps = {}  # of run_all.sh, by name: the lines of its stamp
+    for stamp in sorted((runs_folder / ".steps").glob("[!.]*")):
+        lines = stamp.read_text(errors="replace").splitlines() if stamp.is_file() and not stamp.name.endswith(".log") else []
+        if len(lines) > 1:
+            steps[stamp.name] = lines
     rows = []
     for folder in sorted(path for path in runs_folder.glob("*") if (path / "config.json").exists() and ".old-" not in path.name):
         def run(r: dict) -> None:
@@ -165,23 +184,32 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
                    clock(r["seconds_selecting"]), f"{r['validation_images']:,}"]
             source(f"run {folder.name}", r)
             rows.append(row)
-        section(folder / "result.json", "bash run_all.sh train (goes on with it)", run)
+        made_by = again(steps[folder.name][1]) if folder.name in steps else "the command of its config.json, with --resume"
+        section(folder / "result.json", made_by, run)
     if not rows:
         missing.append((f"{runs_folder}/*/result.json", "no finished run", "bash run_all.sh train"))
     else:
         body.append(("p", "R@1 and R@5 are those of finding an image's second view among all validation images that a run looks at. The loss is "
-                     "that of the batches trained on, so it does not compare samplers."))
+                     "that of the batches trained on, so it does not compare samplers. One draw of views, and no interval: for that see the comparisons below."))
         body.append(("table", ["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"], rows, ""))
-    for path in sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")]) or [results / "quick/retrieval.json"]:
+    due = {}  # what there is to evaluate, and how
+    for name, (_, command, *_) in steps.items():
+        if dataset := re.match(r"python train\.py .*--dataset (\S+)", command):
+            where = "quick" if dataset[1] == "deadleaves" else dataset[1] + "-own" * name.endswith("px")
+            due[results / where / "retrieval.json"] = again(command).removesuffix("train") + "retrieval"
+    due = due or {results / "quick/retrieval.json": "bash run_all.sh retrieval"}
+    for path in sorted({*results.glob("retrieval.json"), *results.glob("*/retrieval.json"), *due}):
+        made_by = due.get(path, "python retrieval.py RUN ...")
+
         def evaluated(record: dict) -> None:
             where = "generated images" if record["dataset"] == "deadleaves" else record["dataset"]
             if path.parent.name != record["dataset"]:
                 where += f", {path.parent.name}"
             source(f"retrieval, {where}", record)
             for picture in ["curve"] * ("cost" in record) + ["neighbours"]:
-                figure(path.parent / f"{picture}.png", f"{where}: {picture}", "bash run_all.sh retrieval")
+                figure(path.parent / f"{picture}.png", f"{where}: {PICTURES[picture]}", made_by)
             retrieval(record, where, body, claims)
-        section(path, "bash run_all.sh retrieval", evaluated)
+        section(path, made_by, evaluated)
 
     # samplers
     body.append(("h2", "The samplers"))
@@ -189,28 +217,27 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
     def samplers(record: dict) -> None:
         source("samplers", record)
         body.append(("p", f"Windows of k = {record['k']} batches of {record['batch_size']}, temperature {record['temperature']}, embeddings: "
-                     f"{record['embeddings']}. Excess: mean batch loss over that of random batches; relative: to that of the paper's released method."))
+                     f"{record['embeddings']}. Excess: mean batch loss over that of random batches; relative: to that of the paper's released method. "
+                     "Medians over seeds."))
         body.append(("table", ["embeddings", "sampler", "mean loss", "excess", "relative", "ms a window", "of one eigh", "MB"],
                      [[r["embeddings"], r["sampler"], *(number(r[x]) for x in ("loss", "excess", "relative", "ms", "of_eigh", "MB"))]
                       for r in record["samplers"]], ""))
-        body.append(("p", "All pairs as one window, refined:"))
+        body.append(("p", "All pairs as one window, refined; embeddings made up of clusters:"))
         body.append(("table", ["pairs", "loss, random", "windows of k", "all", "seconds", "µs a pair", "MB"],
                      [[f"{r['pairs']:,}", *(number(r[x]) for x in ("random", "windows", "all", "seconds", "us_a_pair", "MB"))]
                       for r in record["growth"]], ""))
         body.append(("pre", record["command"]))
-    section(results / "samplers.json", f"python bench.py samplers --out {results}/samplers.json", samplers)
+    section(results / "samplers.json", "bash run_all.sh bench", samplers)
 
     # costs
     body.append(("h2", "Costs"))
     stages = {}
-    for stamp in sorted((runs_folder / ".steps").glob("[!.]*")):
-        lines = stamp.read_text(errors="replace").splitlines() if stamp.is_file() and not stamp.name.endswith(".log") else []
-        found = re.fullmatch(r"finished (\S+) in (\d+)", lines[0]) if len(lines) > 1 else None
-        if len(lines) > 1 and lines[0] == "begun":
-            missing.append((str(stamp), "begun, not finished: what the page has of it is older", lines[1]))
+    for name, lines in steps.items():
+        found = re.fullmatch(r"finished (\S+) in (\d+) s", lines[0])
+        if lines[0] == "begun":
+            missing.append((f"{runs_folder}/.steps/{name}", "begun, not finished: if the page has anything of it, it is older", again(lines[1])))
         if found:
-            script = (lines[1].split() + ["", ""])[1].removesuffix(".py")
-            stages.setdefault(script, []).append((stamp.name, found[1], int(found[2])))
+            stages.setdefault(again(lines[1]).split()[-1], []).append((name, found[1], int(found[2])))
     if stages:
         body.append(("p", "Seconds that a step took when it last ran to its end; of an interrupted run, from where it went on."))
         rows = [[stage, name, when[:16].replace("T", " "), clock(s)] for stage, steps in stages.items() for name, when, s in steps]
@@ -222,17 +249,17 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
 
     # the first screen, last, as it sums up the rest
     found = [(name, c) for name, x in claims.items() for c in x]
-    contrary, open_ = ([[f"{name}: {c['claim']}", *claim_rows([c])[0][1:-1]] for name, c in found if c["verdict"] == verdict]
+    contrary, open_ = ([[f"{name}: {c['claim']}", *claim_rows([c])[0][2:]] for name, c in found if c["verdict"] == verdict]
                        for verdict in ("does not hold", "not settled"))
     lead = [("h1", "Mini-batches worth training on: what was found"),
-            ("p", f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} by report.py from {len(sources)} result files. "
-                  + (tally([c for _, c in found]) + "." if found else "No claim has been put to the test yet.")),
+            ("p", f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} by report.py of commit {short(provenance(torch.device('cpu'))['commit'])} from {len(sources)} result files. "
+                  + (tally([c for _, c in found]) + "." if found else "")),
             ("table", ["put to the test", *VERDICTS], [[name, *(str(sum(c["verdict"] == v for c in x)) for v in VERDICTS)]
                                                      for name, x in claims.items()], ""),
             ("h2", "What contradicts the paper"),
             ("p", "Claims, the paper's and what follows from it, of which the measured interval lies outside of what they allow." if contrary
-             else "No claim was found not to hold.")]
-    lead += [("table", CLAIM[:-1], rows, fold) for rows, fold in
+             else "No claim was found not to hold." if found else "No claim has been put to the test yet.")]
+    lead += [("table", CLAIM[1:], rows, fold) for rows, fold in
              ((contrary, ""), (open_, f"Not settled: {len(open_)} claims whose interval lies on both sides, or that rest on one seed")) if rows]
     if missing:
         lead += [("h2", "What is missing"), ("table", ["file", "", "made by"], [list(row) for row in missing], "")]
@@ -267,7 +294,7 @@ def retrieval(record: dict, where: str, body: list, claims: dict) -> None:
         ratio = lambda row, name: reached(row[name]) + (f" [{span(x)}]" if (x := row[f"{name}_interval"]) else "")
         body += [("p", f"Cost to reach the R@1 of {record['baseline']}, along training, and its ratio to {record['baseline']}'s, with 95 % intervals "
                        f"over seeds, up to ∞ where some draws of the seeds do not reach it; and the R@1, in points, less {record['baseline']}'s after as "
-                       "many seconds as that took in all:"),
+                       "many seconds as that took in all. Seconds are those of the machine as busy as it was; of one seed, nothing is settled:"),
                  ("table", ["", "target, %", "steps", "ratio", "seconds", "ratio", "at equal seconds"],
                   [[row["group"], f"{100 * row['target']:.1f}", reached(row["steps"]), ratio(row, "steps_ratio"), reached(row["seconds"]),
                     ratio(row, "seconds_ratio"), gain(row)] for row in record["cost"]], "")]

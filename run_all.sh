@@ -20,6 +20,7 @@
 # Environment: DATA_DIR (default data) holds the data sets; DATASETS, SAMPLERS, OBJECTIVES and SEEDS narrow or widen the
 # training runs, TRAIN_FLAGS is added to each; PYTHON makes .venv, or RUN_PYTHON has the packages and is used instead.
 set -euo pipefail
+unset CDPATH
 fail() { echo "run_all.sh: error: $1" >&2; exit 2; }
 
 if [ -n "${DATA_DIR:-}" ]; then  # as the caller sees it
@@ -32,7 +33,7 @@ fi
 cd "$(dirname "$0")"
 DATA_DIR=${DATA_DIR:-data}
 python=${RUN_PYTHON:-.venv/bin/python}
-STEPS=runs/.steps  # a stamp a step: when it finished, its command, a checksum of each file it was made by
+STEPS=runs/.steps  # a stamp a step: when it finished, its command, a checksum of each file it was made by and of each it made
 
 # ---------------------------------------------------------------------------------------------- the command line
 full=auto size="" dry="" driver="" jobs="" stages=()
@@ -68,7 +69,7 @@ fi
 if [ -z "$jobs" ]; then jobs=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1)); fi
 
 # ---------------------------------------------------------------------------------------------- steps
-failed=() pids=() names=() begun=() slots=1 planned=""
+failed=() pids=() names=() keys=() made=() begun=() slots=1 planned=""
 
 stamp() { { echo "$2"; echo "$3"; } >"$STEPS/.$1.tmp"; sync "$STEPS/.$1.tmp" 2>/dev/null || :; mv "$STEPS/.$1.tmp" "$STEPS/$1"; }  # stamp NAME STATE KEY
 
@@ -79,50 +80,59 @@ except BlockingIOError: sys.exit(9)' "$1" 2>/dev/null
   [ $? -eq 9 ]
 }
 
-# step NAME OUTPUT FILES COMMAND ...: runs `python COMMAND ...` unless it has made OUTPUT, and neither it nor FILES changed.
+sums() { cksum $1 2>/dev/null | sed 's/^/made /' || :; }
+
+# step NAME OUTPUTS FILES COMMAND ...: runs `python COMMAND ...` unless OUTPUTS are as it made them, and neither it nor FILES changed.
 step() {
-  local name=$1 output=$2 files=$3 act=run why key state old folder n word words=()
+  local name=$1 outputs=$2 files=$3 act=run why key state old lost folder away="" slot n word words=()
   shift 3
   key=$(echo "python $*"; cksum $files 2>/dev/null || :)
   state=$(sed -n 1p "$STEPS/$name" 2>/dev/null || :)
-  old=$(sed 1d "$STEPS/$name" 2>/dev/null || :)
+  old=$(sed '1d; /^made /d' "$STEPS/$name" 2>/dev/null || :)
+  lost=$(for word in $outputs; do [ -e "$word" ] && grep -qxF "$(sums "$word")" "$STEPS/$name" 2>/dev/null || echo "$word"; done)
   if [ -z "$state" ]; then why="first time"
   elif [ "$(sed -n 2p "$STEPS/$name")" != "python $*" ]; then why="its command changed"
   elif [ "$old" != "$key" ]; then
     why="$({ diff <(echo "$old") <(echo "$key") || :; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u | paste -sd ' ' -) changed"
   elif [ "$state" = begun ]; then why="begun and not finished"
-  elif [ ! -e "$output" ]; then why="$output is gone"
+  elif [ -n "$lost" ]; then why="gone or not as it was made: $(paste -sd ' ' - <<<"$lost")"
   elif [ -n "$dry" ] && [ "$1" = retrieval.py ] && grep -v "^skip" <<<"$planned" | cut -f2 | grep -qxF "$(printf '%s\n' "${@#runs/}")"; then
     why="its runs change"
   else act=skip why=$state; fi
-  folder=${output%/*}
-  case $output in runs/*)  # a training run: hours that are gone on with or kept, never lost
+  folder=${outputs%/*}
+  case $outputs in runs/*)  # a training run: hours that are gone on with or kept, never lost
     if [ $act = run ] && [ -e "$folder/checkpoint.pt" ]; then
       if [ "$old" = "$key" ]; then act=resume; set -- "$@" --resume
       elif [ -z "$dry" ] && locked "$folder/.lock"; then
         failed+=("$name"); echo "== FAILED $name: another process is training in $folder; let it end, or end it" >&2; return
       else
         n=1; while [ -e "$folder.old-$n" ]; do n=$((n + 1)); done
-        why="$why; the run that was there goes to $folder.old-$n"
-        [ -n "$dry" ] || mv "$folder" "$folder.old-$n"
+        away=$folder.old-$n why="$why; the run that was there goes to $folder.old-$n"
       fi
     fi ;;
   esac
   for word; do if [ "$word" = DATA_DIR ]; then word=$DATA_DIR; fi; words+=("$word"); done  # a moved data set is the same step
-  if [ -n "$dry" ]; then planned+=$(printf '%s\t' "$act" "$name" "$why" "${state##* }"; printf '%q ' "${words[@]}")$'\n'; return; fi
+  if [ -n "$dry" ]; then planned+=$(printf '%s\t' "$act" "$name" "$why" "$(cut -d ' ' -f 4 <<<"$state ")"; printf '%q ' "${words[@]}")$'\n'; return; fi
+  if [ $act != skip ]; then await; fi
   echo "== $act $name: $why"
   if [ $act = skip ]; then return; fi
+  if [ -n "$away" ]; then mv "$folder" "$away"; fi
   mkdir -p "$STEPS"
   stamp "$name" begun "$key"
+  keys[slot]=$key made[slot]=$outputs
   start "$name" "${words[@]}"
 }
 
-start() {  # start NAME COMMAND ...: in a slot that is free or, after waiting, becomes so
-  local name=$1 slot=0 log=$STEPS/$1.log gpu=""
-  shift
+await() {  # sets slot to one that is free or, after waiting, becomes so
+  slot=0
   while [ -n "${pids[slot]:-}" ]; do
     if kill -0 "${pids[slot]}" 2>/dev/null; then slot=$(((slot + 1) % slots)); [ $slot -gt 0 ] || sleep 0.3; else reap $slot; fi
   done
+}
+
+start() {  # start NAME COMMAND ...: in the slot
+  local name=$1 log=$STEPS/$1.log gpu=""
+  shift
   if [ ${#gpus[@]} -gt 0 ]; then gpu=${gpus[slot % ${#gpus[@]}]}; fi
   rm -f "$log"
   if [ $slots -gt 1 ]; then echo "   its output: $log"; fi
@@ -139,7 +149,7 @@ reap() {  # reap SLOT: waits for its command; stamps it finished, or names it fa
   wait "${pids[$1]}" || code=$?
   pids[$1]=""
   if [ $code -eq 0 ]; then
-    stamp "$name" "finished $(date +%Y-%m-%dT%H:%M:%S%z) in $(($(date +%s) - begun[$1]))" "$(sed 1d "$STEPS/$name")"
+    stamp "$name" "finished $(date +%Y-%m-%dT%H:%M:%S%z) in $(($(date +%s) - begun[$1])) s" "${keys[$1]}"$'\n'"$(sums "${made[$1]}")"
   elif [ $code -eq 130 ]; then stop 130
   else
     failed+=("$name")
@@ -190,8 +200,8 @@ always() {  # always NAME COMMAND ...: runs it whether or not anything changed
   shift
   if [ -n "$dry" ]; then planned+=$(printf 'run\t%s\tanew each time\t\t' "$name"; printf '%q ' "$@")$'\n'; return; fi
   echo "== run $name: anew each time"
-  # The report takes a second: then Ctrl-C is acted on.
-  ( if [ "$name" = report ]; then trap "" INT; fi; exec "$python" "$@" ) || failed+=("$name")
+  "$python" "$@" &  # in the background, so that a signal to this script is acted on at once
+  wait $! || failed+=("$name")
 }
 
 tests() { always test -m pytest -q; }
@@ -199,7 +209,7 @@ tests() { always test -m pytest -q; }
 synthetic() {
   local name  # toy first: a picture in the first minute
   for name in toy optima convergence subsets histograms temperature scaling; do
-    step "synthetic-$name" "results/synthetic/$name.json" "synthetic.py theory.py samplers.py model.py figures.py cli.py" \
+    step "synthetic-$name" "results/synthetic/$name.json results/synthetic/$name.png" "synthetic.py theory.py samplers.py model.py figures.py cli.py" \
       synthetic.py $quick --experiment "$name" --out results/synthetic
   done
 }
@@ -245,10 +255,11 @@ retrieval() {
       if [ -e "runs/$name/result.json" ] || [ -n "$dry" ]; then there+=("runs/$name") files+=" runs/$name/result.json"; fi
     done < <(runs "$dataset")
     if [ ${#there[@]} -eq 0 ]; then
-      failed+=("retrieval-$dataset"); echo "== FAILED retrieval-$dataset: no run has finished; first: bash run_all.sh train" >&2; continue
+      failed+=("retrieval-$dataset${size:+-own}")
+      echo "== FAILED ${failed[${#failed[@]} - 1]}: no run has finished; first: bash run_all.sh ${quick:---full} ${size:+--own-size }train" >&2; continue
     fi
     name=results/quick; if [ -z "$quick" ]; then name=results/$dataset${size:+-own}; fi
-    step "retrieval-$dataset${size:+-own}" "$name/retrieval.json" "retrieval.py compare.py corruptions.py probe.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
+    step "retrieval-$dataset${size:+-own}" "$name/retrieval.json $name/curve.png $name/neighbours.png" "retrieval.py compare.py corruptions.py probe.py figures.py model.py data.py augment.py deadleaves.py cli.py$files" \
       retrieval.py "${there[@]}" --curve --recalibrate --corruptions $corruptions --data-dir DATA_DIR --out "$name"
   done
 }

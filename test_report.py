@@ -46,9 +46,11 @@ def full(tmp_path):
          "MB": None}], "growth": [{"pairs": 10000, "random": 1.9, "windows": 3.4, "all": 3.8, "seconds": 1.91, "us_a_pair": 191.0, "MB": 68}]})
     write_run(runs, "quick-random", "random", 0, 0.4444)
     write_run(runs, "quick-refined", "refined", 0, 0.4777)
-    write(runs / ".steps/bench", b"finished 2026-03-04T05:06:07+0000 in 61\npython bench.py samplers\n1 2 bench.py\n")
-    write(runs / ".steps/train", b"begun\npython train.py\n")
-    write(runs / ".steps/train.log", b"finished or not\n\n")
+    write(runs / ".steps/bench", b"finished 2026-03-04T05:06:07+0000 in 61 s\npython bench.py samplers\n1 2 bench.py\n")
+    for name, seconds in ("toy", 150), ("optima", 89):
+        write(runs / f".steps/synthetic-{name}", f"finished 2026-03-04T05:06:07+0000 in {seconds} s\npython synthetic.py --quick\n".encode())
+    write(runs / ".steps/cifar100-osgd-simclr", b"begun\npython train.py --dataset cifar100 --out-dir runs/cifar100-osgd-simclr\n")
+    write(runs / ".steps/cifar100-osgd-simclr.log", b"finished or not\n\n")
     return results, runs
 
 
@@ -87,10 +89,21 @@ def test_numbers_verdicts_and_commands_are_there(full):
     for expected in ("0.432", "0.41 to ∞", "−∞ to 2", "7.65", "7 hold, 7 do not hold, 7 not settled", "44.4 %", "47.8 %", "87.6 %", "41 s", "2.0 h",
                      "3.46", "88.4", "10,000", "1.91", "61 s", "python made_up.py --quick", "0123456789+changes", "2026-03-04 05:06"):
         assert expected in text, expected
+    tables = {block[1][0]: block for block in blocks if block[0] == "table"}
+    assert tables["run"][1:3] == (["run", "R@1", "R@5", "loss, last epoch", "steps", "training", "selecting", "validation images"],
+                                  [[name, r1, "87.6 %", "1.23", "640", "41 s", "2.0 h", "1,000"] for name, r1 in
+                                   (("quick-random", "44.4 %"), ("quick-refined", "47.8 %"))])
+    assert tables["embeddings"][1:3] == (["embeddings", "sampler", "mean loss", "excess", "relative", "ms a window", "of one eigh", "MB"],
+                                         [["clustered", "refined", "3.46", "1.97", "1.9", "88.4", "0.49", "–"]])
+    assert [block[2] for block in blocks if block[0] == "table" and block[1][0] == "stage"] == [
+        [["bench", "1", "61 s"], ["synthetic", "2", "4 min"], ["all", "3", "5 min"]],
+        [["bench", "bench", "2026-03-04 05:06", "61 s"], ["synthetic", "synthetic-optima", "2026-03-04 05:06", "89 s"],
+         ["synthetic", "synthetic-toy", "2026-03-04 05:06", "2 min"]]]
+    assert ["run quick-random", "2026-03-04 05:06", "0123456789+changes", "cpu (two cores)", "2.14.1", "python made_up.py --quick"] in tables["what"][2]
     assert "<b>rises</b>" not in page and "&lt;b&gt;rises&lt;/b&gt; | falls" in page
     assert "<=" not in re.sub(r"<style>.*</style>", "", page) and "&lt;= 1 &amp; more" in page
     assert [row[2] for block, after in zip(blocks, blocks[1:]) if block == ("h2", "What is missing") for row in after[2]] == [
-        "bash run_all.sh retrieval", "python train.py"]  # the latter begun and not finished
+        "bash run_all.sh --full retrieval", "bash run_all.sh --full train"]  # the latter begun and not finished
     markdown = report.as_markdown(blocks)
     for expected in ("0.432", "44.4 %", "toy is refuted", "![", "](<synthetic/toy.png>)", r"\<b\>rises\</b\> \| falls"):
         assert expected in markdown, expected
@@ -146,12 +159,41 @@ def test_retrieval_is_judged_by_seeds(full):
     blocks = report.build(results, runs)
     reader, _ = read_page(blocks, results)
     text = "\n".join(reader.text)
+    rows = next(block[2] for block in blocks if block[0] == "table" and block[1][:3] == ["", "seeds", "difference"])
+    assert rows[1] == ["refined", "3", "3.1 [1.1 to 5.2]", "43.2 [41.0 to 45.0]", "41 s", "5 s"]
+    assert ["osgd", "44.0", "not reached", "not reached [0.97 to ∞]", "12.5", "0.61", "1.23 [-1 to 3.45]"] in [
+        row for block in blocks if block[0] == "table" for row in block[2]]
+    assert next(block[2][1] for block in blocks if block[0] == "table" and block[3].startswith("4 claims"))[-1] == (
+        "points > 0; interval over seeds and images, paired by seed; seeds: 3")
     for expected in ("43.2 [41.0 to 45.0]", "3.1 [1.1 to 5.2]", "not reached [0.97 to ∞]", "12.5", "0.61", "1.23 [-1 to 3.45]", "results/quick/curve.png"):
         assert expected in text, expected
     claims = next(block[2] for block in blocks if block[0] == "table" and block[3].startswith("4 claims"))
-    assert [line[-1].split(" ", 1)[1] for line in claims] == ["holds", "does not hold", "not settled", "not settled"]
+    assert [line[0].split(" ", 1)[1] for line in claims] == ["holds", "does not hold", "not settled", "not settled"]
     refuted, _ = contradictions(blocks)[0]
     assert refuted[-1] == "retrieval, generated images, quick: two views: osgd finds more partners first than random at equal steps"
+
+
+@pytest.mark.parametrize("command, call", [
+    ("python synthetic.py --quick --experiment toy --out results/synthetic", "synthetic"),
+    ("python synthetic.py --experiment toy --out results/synthetic", "--full synthetic"),
+    ("python train.py --dataset deadleaves --out-dir runs/quick-osgd", "train"),
+    ("python train.py --image-size 64 --dataset tinyimagenet --out-dir runs/tinyimagenet-osgd-simclr-64px", "--full --own-size train"),
+    ("python retrieval.py runs/quick-osgd --out results/quick", "retrieval"),
+    ("python retrieval.py runs/cifar100-osgd-simclr-seed1 --out results/cifar100", "--full retrieval"),
+    ("python retrieval.py runs/cifar100-osgd-simclr-32px --out results/cifar100-own", "--full --own-size retrieval"),
+    ("python bench.py samplers --pairs 10000", "bench")])
+def test_what_makes_it_again(command, call):
+    assert report.again(command) == f"bash run_all.sh {call}"
+
+
+def test_what_was_trained_and_not_evaluated(tmp_path):
+    for name, dataset in ("cifar100-osgd-simclr", "cifar100"), ("tinyimagenet-osgd-simclr-64px", "tinyimagenet"), ("quick-osgd", "deadleaves"):
+        write(tmp_path / f"runs/.steps/{name}", f"finished x in 9 s\npython train.py --dataset {dataset} --out-dir runs/{name}\n".encode())
+    blocks = report.build(tmp_path / "results", tmp_path / "runs")
+    missing = next(blocks[i + 1][2] for i, block in enumerate(blocks) if block == ("h2", "What is missing"))
+    assert [[Path(line[0]).parent.name, line[2]] for line in missing if line[0].endswith("retrieval.json")] == [
+        ["cifar100", "bash run_all.sh --full retrieval"], ["quick", "bash run_all.sh retrieval"],
+        ["tinyimagenet-own", "bash run_all.sh --full --own-size retrieval"]]
 
 
 def test_bench_writes_what_the_report_reads(full):
@@ -166,8 +208,8 @@ def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert report.main([]) == 0 and capsys.readouterr().out == "results/report.html, results/report.md\n"
     text = (tmp_path / "results/report.md").read_text()
-    for expected in ("results/synthetic/toy.json", "python synthetic.py --experiment toy --out results/synthetic", "results/samplers.json",
-                     "python bench.py samplers --out results/samplers.json", "bash run\\_all.sh train", "bash run\\_all.sh retrieval"):
+    for expected in ("results/synthetic/toy.json", "bash run\\_all.sh synthetic", "results/samplers.json", "bash run\\_all.sh bench",
+                     "No claim has been put to the test yet", "bash run\\_all.sh train", "bash run\\_all.sh retrieval"):
         assert expected in text, expected
     assert not [path for path in (tmp_path / "results").iterdir() if path.name.startswith(".")]
 
@@ -191,7 +233,7 @@ def test_damaged_and_unfinished_are_named(full):
 @pytest.mark.parametrize("path, change", [
     ("runs/quick-random/result.json", {"step": None}), ("runs/quick-random/result.json", {"R1": None}),
     ("runs/quick-random/result.json", {"versions": None}), ("results/synthetic/toy.json", {"claims": None}),
-    ("results/synthetic/toy.json", {"claims": [{"claim": "no interval", "verdict": "holds"}]}), ("results/samplers.json", {"k": ...}),
+    ("results/synthetic/toy.json", {"claims": [{"claim": "half a claim", "verdict": "holds"}]}), ("results/synthetic/toy.json", {"claims": [claim("half a claim", 1.0, [0, 2], "perhaps")]}), ("results/samplers.json", {"k": ...}),
     ("results/samplers.json", {"samplers": [{"sampler": "random"}]}), ("results/quick/retrieval.json", {"two views": [{"difference": 1, "R1": 0}]}),
     ("results/quick/retrieval.json", {"cost": [{"group": "osgd"}]})])
 def test_a_foreign_file_costs_its_own_section_alone(full, path, change):
@@ -204,7 +246,7 @@ def test_a_foreign_file_costs_its_own_section_alone(full, path, change):
     missing = next(blocks[i + 1][2] for i, block in enumerate(blocks) if block == ("h2", "What is missing"))
     assert [str(path), "cannot be read"] in [line[:2] for line in missing]
     reader, page = read_page(blocks, results)
-    assert "optima is refuted" in page and "quick-refined" in page and "no interval" not in page
+    assert "optima is refuted" in page and "quick-refined" in page and "half a claim" not in page
     assert ("osgd finds more" in page) == (path.name != "retrieval.json")  # nor do its claims count
 
 

@@ -1,4 +1,5 @@
 """Tests of run_all.sh on a stand-in for Python that notes what it was asked to do.  Run: pytest test_run_all.py"""
+import ast
 import fcntl
 import io
 import os
@@ -42,8 +43,8 @@ for word in hang-* fail-*; do
 done
 case $all in
   train.py*) sleep ${STEP_SECONDS:-0}; date +%s%N >"$out/result.json" ;;
-  synthetic.py*) mkdir -p "$out"; touch "$out/$name.json" ;;
-  retrieval.py*) mkdir -p "$out"; touch "$out/retrieval.json" ;;
+  synthetic.py*) mkdir -p "$out"; touch "$out/$name.json" "$out/$name.png" ;;
+  retrieval.py*) mkdir -p "$out"; touch "$out/retrieval.json" "$out/curve.png" "$out/neighbours.png" ;;
   bench.py*) mkdir -p results; touch "$out" ;;
 esac
 """
@@ -124,8 +125,21 @@ def test_changed_command_and_lost_output(repo):
     assert steps["quick-osgd"][1].startswith("its command changed; ") and "--epochs 3" in calls[0]
     run(repo, "train")
     (repo / "results/synthetic/toy.json").unlink()
+    (repo / "results/synthetic/scaling.png").write_text("half a pict")
     _, steps, _, calls = run(repo, "synthetic")
-    assert steps["synthetic-toy"] == ("run", "results/synthetic/toy.json is gone") and len(calls) == 1
+    assert steps["synthetic-toy"] == ("run", "gone or not as it was made: results/synthetic/toy.json") and len(calls) == 2
+    assert steps["synthetic-scaling"] == ("run", "gone or not as it was made: results/synthetic/scaling.png")
+    for name in "retrieval.json", "neighbours.png":
+        (repo / "results/quick" / name).write_text('{"cut')
+    (repo / "results/samplers.json").write_text("")
+    assert run(repo, "synthetic", "retrieval", "bench")[1]["bench"][0] == "skip"  # nothing else was ever in it
+    (repo / "results/samplers.json").write_text("{")
+    (repo / "results/quick/retrieval.json").write_text('{"cut')
+    (repo / "results/quick/neighbours.png").unlink()
+    (repo / "runs/quick-random/result.json").write_text("{")
+    _, steps, _, calls = run(repo, "synthetic", "train", "bench", "retrieval")
+    assert [call.split()[0] for call in calls] == ["train.py", "bench.py", "retrieval.py"] and calls[0].endswith("--resume")
+    assert steps["bench"][1] == "gone or not as it was made: results/samplers.json"
     (repo / "moved data").mkdir()  # where the data lie is no setting of a run
     _, steps, _, calls = run(repo, "train", DATA_DIR="moved data")
     assert not calls and steps["quick-osgd"][0] == "skip"
@@ -164,7 +178,9 @@ def test_tests_that_fail(repo):
 
 def test_retrieval_without_runs(repo):
     code, _, error, calls = run(repo, "retrieval")
-    assert code == 1 and not calls and "bash run_all.sh train" in error
+    assert code == 1 and not calls and "FAILED retrieval-deadleaves" in error and "first: bash run_all.sh --quick train\n" in error
+    _, _, error, _ = run(repo, "--full", "--own-size", "retrieval", DATASETS="cifar100")
+    assert "FAILED retrieval-cifar100-own" in error and "first: bash run_all.sh --full --own-size train\n" in error
 
 
 @pytest.mark.parametrize("where, kind, code, jobs", [
@@ -196,6 +212,63 @@ def test_interrupted_and_gone_on_with(repo, where, kind, code, jobs):
     assert code == 0
     assert steps[name] == ("resume" if where == "quick-osgd" else "run", "begun and not finished")
     assert steps["synthetic-toy"][0] == "skip"
+
+
+def test_a_signal_to_the_script_alone_ends_its_command(repo):
+    for word, name in ("quick-osgd", "train"), ("pytest", "test"):
+        (repo / f"hang-{word}").touch()
+        (repo / "calls").write_text("")
+        with subprocess.Popen(command(name), cwd=repo, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as process:
+            until = time.time() + 20
+            while word not in (repo / "calls").read_text():
+                assert time.time() < until
+                time.sleep(0.02)
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 143
+        with pytest.raises(ProcessLookupError):  # nothing is left behind
+            os.killpg(process.pid, 0)
+
+
+def test_a_run_that_waits_for_its_turn_is_not_begun(repo):
+    run(repo, "train")
+    (repo / "lars.py").write_text("other\n")
+    (repo / "hang-train.py").touch()
+    (repo / "calls").write_text("")
+    with subprocess.Popen(command("--jobs", "2", "train"), cwd=repo, env=environment(), start_new_session=True, stdout=subprocess.PIPE,
+                          text=True) as process:
+        until = time.time() + 20
+        while (repo / "calls").read_text().count("train.py") < 2:
+            assert time.time() < until
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=5)[0]
+    assert [line.split()[2] for line in output.splitlines() if line.startswith("== run quick")] == ["quick-random:", "quick-osgd:"]
+    assert sorted(path.name for path in (repo / "runs").glob("*.old-*")) == ["quick-osgd.old-1", "quick-random.old-1"]
+    assert [(repo / "runs/.steps" / name).read_text().split()[0] for name in RUNS] == ["begun"] * 2 + ["finished"] * 2
+
+
+def imports(name, seen):
+    """All files of ours that the file `name` imports, itself included."""
+    if name not in seen:
+        seen.add(name)
+        for node in ast.walk(ast.parse((HERE / name).read_text())):
+            for module in [x.name for x in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []:
+                if (HERE / f"{module}.py").exists():
+                    imports(f"{module}.py", seen)
+    return seen
+
+
+def test_a_step_depends_on_all_the_code_it_imports(repo):
+    """But for what only looks on, and must not cost anybody a night's training."""
+    run(repo)
+    for step, script, but in (("synthetic-toy", "synthetic.py", set()), ("retrieval-deadleaves", "retrieval.py", set()),
+                              ("quick-osgd", "train.py", {"retrieval.py", "compare.py", "corruptions.py", "figures.py", "probe.py"}),
+                              ("bench", "bench.py", {"synthetic.py", "theory.py", "figures.py", "compare.py", "corruptions.py", "probe.py"})):
+        lines = [line for line in (repo / "runs/.steps" / step).read_text().splitlines()[2:] if not line.startswith("made ")]
+        assert {line.split(" ", 2)[2] for line in lines if not line.endswith(".json")} == imports(script, set()) - but, step
 
 
 def test_dry_run_runs_nothing(repo):
@@ -361,6 +434,11 @@ def test_jobs_are_dealt_to_the_gpus(repo):
 def test_wrong_usage(repo, words, said):
     code, _, error, calls = run(repo, *words)
     assert code == 2 and not calls and said in error and error.count("\n") == 1 and not (repo / "runs").exists()
+
+
+def test_data_dir_where_cd_prints(repo):
+    (repo / "moved data").mkdir()
+    assert f"--data-dir {repo / 'moved data'} " in "\n".join(run(repo, "train", DATA_DIR="moved data", CDPATH=".")[3])
 
 
 def test_wrong_data_dir(repo):
