@@ -197,9 +197,8 @@ def build(results: Path, runs_folder: Path) -> list[tuple]:
         if dataset := re.match(r"python train\.py .*--dataset (\S+)", command):
             where = "quick" if dataset[1] == "deadleaves" else dataset[1] + "-own" * name.endswith("px")
             due[results / where / "retrieval.json"] = again(command).removesuffix("train") + "retrieval"
-    due = due or {results / "quick/retrieval.json": "bash run_all.sh retrieval"}
-    for path in sorted({*results.glob("retrieval.json"), *results.glob("*/retrieval.json"), *due}):
-        made_by = due.get(path, "python retrieval.py RUN ...")
+    for path in sorted({*results.glob("retrieval.json"), *results.glob("*/retrieval.json"), *due}) or [results / "quick/retrieval.json"]:
+        made_by = due.get(path, "bash run_all.sh retrieval")
 
         def evaluated(record: dict) -> None:
             where = "generated images" if record["dataset"] == "deadleaves" else record["dataset"]
