@@ -220,6 +220,8 @@ def quick(leaves, out, *flags):
             "--warmup-epochs", "1", "--log-every", "2", "--checkpoint-minutes", "0.004", *flags]
 
 
+SELDOM = "--checkpoint-minutes", "10"  # for runs that are not killed: writing 90 MB takes longer than a step
+
 # A server that has imported all once and forks a child for each run: a child starts in milliseconds.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -265,7 +267,7 @@ SAMPLERS = {"random": [], "osgd": ["--k", "5", "--q", "3"], "spectral": ["--k", 
     ("random", "sogclr"), ("osgd", "simclr"), ("spectral", "sogclr"), ("refined", "simclr"), ("refined --embeddings fresh", "simclr")])
 def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, leaves, tmp_path):
     flags = ["--sampler", *sampler.split(), "--objective", objective, *SAMPLERS[sampler]]
-    whole = start(quick(leaves, tmp_path / "whole", *flags), tmp_path / "whole.txt")
+    whole = start(quick(leaves, tmp_path / "whole", *flags, *SELDOM), tmp_path / "whole.txt")
     dice, killed, moments = random.Random(f"{sampler} {objective}"), 0, 3
     argv = quick(leaves, tmp_path / "parts", *flags)
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
@@ -354,7 +356,7 @@ def test_equal_would_notice(leaves, tmp_path):
 
 @pytest.mark.parametrize("moment", ["steps an epoch", "loss"])  # while selecting, and between steps
 def test_interrupt_saves_and_resumes(moment, leaves, tmp_path):
-    argv = quick(leaves, tmp_path / "run", "--checkpoint-minutes", "10")
+    argv = quick(leaves, tmp_path / "run", *SELDOM)
     process = start(argv + ["--k", "4"], tmp_path / "out.txt")
     while moment not in ((tmp_path / "out.txt").read_text() if (tmp_path / "out.txt").exists() else ""):
         time.sleep(0.01)
@@ -363,7 +365,7 @@ def test_interrupt_saves_and_resumes(moment, leaves, tmp_path):
     assert "--resume" in (tmp_path / "out.txt").read_text().splitlines()[-1]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["step"] < 20
     assert finish(start(argv + ["--k", "4", "--resume"], tmp_path / "out.txt")) == 0
-    whole = start(quick(leaves, tmp_path / "whole", "--k", "4"), tmp_path / "out.txt")
+    whole = start(quick(leaves, tmp_path / "whole", "--k", "4", *SELDOM), tmp_path / "out.txt")
     assert finish(whole) == 0
     a, b = (torch.load(tmp_path / x / "checkpoint.pt", weights_only=True) for x in ("whole", "run"))
     assert equal(a, b)
