@@ -204,7 +204,20 @@ always() {  # always NAME COMMAND ...: runs it whether or not anything changed
   wait $! || failed+=("$name")
 }
 
-tests() { always test -m pytest -q; }
+tests() {  # in two processes, a core each: those that wait for processes of their own, and the others
+  local apart="test_train.py test_data.py test_run_all.py" beside="" code=0
+  if [ -z "$dry" ]; then
+    mkdir -p "$STEPS"
+    OMP_NUM_THREADS=1 "$python" -m pytest -q $apart >"$STEPS/test.log" 2>&1 &
+    beside=$!
+  fi
+  OMP_NUM_THREADS=1 always test -m pytest -q $(printf -- '--ignore=%s ' $apart)
+  if [ -n "$beside" ]; then
+    wait $beside || code=$?
+    cat "$STEPS/test.log"
+    [ $code -eq 0 ] || failed+=("test ($apart)")
+  fi
+}
 
 synthetic() {
   local name  # toy first: a picture in the first minute
