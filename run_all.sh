@@ -205,7 +205,7 @@ always() {  # always NAME COMMAND ...: runs it whether or not anything changed
 }
 
 tests() {  # in two processes, a core each: those that wait for processes of their own, and the others
-  local apart="test_train.py test_data.py test_run_all.py" beside="" code=0
+  local apart="test_train.py test_data.py test_run_all.py test_bench.py" beside="" code=0
   if [ -z "$dry" ]; then
     mkdir -p "$STEPS"
     OMP_NUM_THREADS=1 "$python" -m pytest -q $apart >"$STEPS/test.log" 2>&1 &

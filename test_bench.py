@@ -6,20 +6,23 @@ import pytest
 import torch
 
 import bench
+import report
 from test_samplers import clustered
 
 
 def test_samplers_table_has_all_that_is_asked(tmp_path, capsys):
     u, v, labels = clustered(8, 32, 0.8)
-    bench.bench_samplers("made up", {"a": (u, v, labels), "b": (u[:128], v[:128], None)}, [128], str(tmp_path / "s.json"),
+    bench.bench_samplers("made up", {"a": (u, v, labels), "b": (u[:128], v[:128], None)}, [128], str(tmp_path / "samplers.json"),
                          batch_size=8, k=8, file_order=True, rounds=1)
-    record, printed = json.loads((tmp_path / "s.json").read_text()), capsys.readouterr().out
+    record, printed = json.loads((tmp_path / "samplers.json").read_text()), capsys.readouterr().out
     rows = {(row["embeddings"], row["sampler"]): row for row in record["samplers"]}
     assert rows["a", "refined, exclude=labels"]["same_class"] < rows["a", "random"]["same_class"] < rows["a", "refined"]["same_class"]
     assert rows["a", "refined"]["loss"] > rows["a", "released spectral"]["loss"] > rows["a", "random"]["loss"]
     assert rows["a", "random"]["excess"] == 0 and rows["a", "released spectral"]["relative"] == 1
     assert rows["b", "in file order"]["over_file_order"] == 0 and ("b", "refined, exclude=labels") not in rows
     assert record["growth"][0]["pairs"] == 128 and {"commit", "command", "versions", "device"} <= record.keys()
+    head, lines = next(block[1:3] for block in report.build(tmp_path, tmp_path) if block[0] == "table" and block[1][0] == "embeddings")
+    assert [tuple(line[:2]) for line in lines] == list(rows) and all(len(line) == len(head) for line in lines)  # the report reads it
     assert "of refined's excess at" in printed and all(sampler in printed for _, sampler in rows)
 
 

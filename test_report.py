@@ -196,14 +196,6 @@ def test_what_was_trained_and_not_evaluated(tmp_path):
         ["tinyimagenet-own", "bash run_all.sh --full --own-size retrieval"]]
 
 
-def test_bench_writes_what_the_report_reads(full):
-    import bench
-    bench.bench_samplers("made up", {"made up": (*bench.clustered(160), None)}, [320], str(full[0] / "samplers.json"), batch_size=8, k=10, rounds=1)
-    blocks = report.build(*full)
-    head, rows, _ = next(block[1:] for block in blocks if block[0] == "table" and block[1][0] == "embeddings")
-    assert len(rows) == 10 and all(len(x) == len(head) for x in rows) and {"random", "refined"} <= {x[1] for x in rows}
-
-
 def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert report.main([]) == 0 and capsys.readouterr().out == "results/report.html, results/report.md\n"

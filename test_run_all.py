@@ -172,7 +172,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(repo, jobs):
 
 def test_tests_that_fail(repo):
     (repo / "fail-pytest").touch()
-    apart = "test_train.py test_data.py test_run_all.py"  # a process of their own
+    apart = "test_train.py test_data.py test_run_all.py test_bench.py"  # a process of their own
     both = [f"-m pytest -q {apart}", "-m pytest -q " + " ".join(f"--ignore={name}" for name in apart.split())]
     assert all((HERE / name).exists() for name in apart.split())
     code, steps, error, calls = run(repo, "test")
@@ -306,7 +306,7 @@ def test_dry_run_runs_nothing(repo):
     assert "\tits runs change\t" in (repo / "plan").read_text().splitlines()[4]
     run(repo, "--dry-run", "test", "report")
     assert [line.split("\t") for line in (repo / "plan").read_text().splitlines() if line] == [
-        ["run", "test", "anew each time", "", "-m pytest -q --ignore=test_train.py --ignore=test_data.py --ignore=test_run_all.py "], ["run", "report", "anew each time", "", "report.py "]]
+        ["run", "test", "anew each time", "", "-m pytest -q --ignore=test_train.py --ignore=test_data.py --ignore=test_run_all.py --ignore=test_bench.py "], ["run", "report", "anew each time", "", "report.py "]]
 
 
 def test_the_plan_of_the_papers_runs(repo, monkeypatch, capsys):
