@@ -354,8 +354,16 @@ def test_equal_would_notice(leaves, tmp_path):
     assert events.Scalars("batch_loss_mean/chosen")[0].value < events.Scalars("batch_loss_mean/random")[0].value
 
 
+@pytest.fixture(scope="module")
+def whole(leaves, tmp_path_factory):
+    """What a run that was left alone saves at its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert finish(start(quick(leaves, folder / "run", "--k", "4", *SELDOM), folder / "out.txt")) == 0
+    return torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+
+
 @pytest.mark.parametrize("moment", ["steps an epoch", "loss"])  # while selecting, and between steps
-def test_interrupt_saves_and_resumes(moment, leaves, tmp_path):
+def test_interrupt_saves_and_resumes(moment, leaves, whole, tmp_path):
     argv = quick(leaves, tmp_path / "run", *SELDOM)
     process = start(argv + ["--k", "4"], tmp_path / "out.txt")
     while moment not in ((tmp_path / "out.txt").read_text() if (tmp_path / "out.txt").exists() else ""):
@@ -365,10 +373,7 @@ def test_interrupt_saves_and_resumes(moment, leaves, tmp_path):
     assert "--resume" in (tmp_path / "out.txt").read_text().splitlines()[-1]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["step"] < 20
     assert finish(start(argv + ["--k", "4", "--resume"], tmp_path / "out.txt")) == 0
-    whole = start(quick(leaves, tmp_path / "whole", "--k", "4", *SELDOM), tmp_path / "out.txt")
-    assert finish(whole) == 0
-    a, b = (torch.load(tmp_path / x / "checkpoint.pt", weights_only=True) for x in ("whole", "run"))
-    assert equal(a, b)
+    assert equal(whole, torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True))
 
 
 def refusal(capsys, *argv):
