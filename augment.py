@@ -1,6 +1,11 @@
-"""Whole-batch augmentation: SimCLR's pipeline in tensor code, each sample with its own random parameters."""
+"""Whole-batch augmentation: SimCLR's pipeline in tensor code, each sample with its own random parameters. Copy this
+file into your project; it needs torch alone.
 
+    views = augment(images, size=32, source=torch.Generator())    # uint8 [B, 3, H, W] -> float32 [B, 3, 32, 32]
+"""
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -107,17 +112,22 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     return x.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
-def apply_augmentation(images: Tensor, parameters: Augmentation, size: int) -> Tensor:
+@functools.cache
+def _constants(device: torch.device, *values: float) -> Tensor:
+    """Copied to a device once: in every step a copy would wait, and a CUDA graph could not hold it."""
+    return torch.tensor(values, device=device)
+
+
+def apply_augmentation(images: Tensor, parameters: Augmentation, size: int, mean: tuple = MEAN,
+                       std: tuple = STD) -> Tensor:
     """Augmented images, normalised float32 [B, 3, size, size], channels-last in memory, of uint8 [B, 3, H, W].
 
-    Equals torchvision's functional transforms of the same parameters on float images in [0, 1], to rounding (on CUDA
-    as far as matrix products are not allowed to round to TF32). The parameters are on the device of the images.
+    Equals torchvision's functional transforms of the same parameters on float images in [0, 1], to rounding (on
+    CUDA as far as matrix products are not allowed to round to TF32). The parameters are on the images' device.
     """
     (B, _, H, W), device = images.shape, images.device
     box, flip, order, factors, grey, sigma = parameters
-
-    def constant(*values: float) -> Tensor:  # torch.tensor(..., device="cuda") would wait for the device
-        return torch.tensor(values).to(device, non_blocking=True)
+    luma, mean, std = (_constants(device, *x) for x in (LUMA, mean, std))
 
     with torch.autocast(device.type, enabled=False):
         # Random resized crop and flip.
@@ -130,7 +140,6 @@ def apply_augmentation(images: Tensor, parameters: Augmentation, size: int) -> T
         # Colour. Brightness, contrast and saturation are f·x + (1-f)·reference, the reference being 0, the mean of
         # grey, or grey: a 3×3 matrix and a constant per sample. Hue costs more, and its place in the order differs;
         # so all pass three places before hue, hue, and three after it, with f = 1 where a place is not theirs.
-        luma = constant(*LUMA)
         hues_passed = (order == 3).cumsum(1)  # [B, 4]: 0 before hue's place, 1 from there on
         f = factors.gather(1, order)
         f = torch.cat([torch.where(hues_passed == 0, f, 1), torch.where((hues_passed == 1) & (order != 3), f, 1)], 1)
@@ -149,21 +158,22 @@ def apply_augmentation(images: Tensor, parameters: Augmentation, size: int) -> T
             x = blend(x, place)
 
         # Grey and normalisation in one product; blur after it is the same, since its weights sum to one.
-        std = constant(*STD)[:, None]
-        matrix = torch.where(grey[:, None, None], luma, torch.eye(3, device=device)) / std  # [B, 3, 3]
-        x = torch.baddbmm(-constant(*MEAN)[:, None] / std, matrix, x).view(B, 3, size, size)
+        matrix = torch.where(grey[:, None, None], luma, torch.eye(3, device=device)) / std[:, None]  # [B, 3, 3]
+        x = torch.baddbmm((-mean / std)[:, None], matrix, x).view(B, 3, size, size)
         blur = blur_weights(sigma, size)
         return resample(x, blur, blur)
 
 
-def augment(images: Tensor, size: int, generator: torch.Generator, crop_scale: tuple[float, float] = (0.08, 1.0),
-            jitter: float = 1.0) -> Tensor:
+def augment(images: Tensor, size: int, source: torch.Generator | Tensor,
+            crop_scale: tuple[float, float] = (0.08, 1.0), jitter: float = 1.0, mean: tuple = MEAN,
+            std: tuple = STD) -> Tensor:
     """One random view of each image: normalised float32 [B, 3, size, size] of uint8 `images` [B, 3, H, W].
 
-    Random resized crop, flip, colour jitter (times `jitter`, 0 to 5), grey and Gaussian blur as in SimCLR (Chen et al.,
-    ICML 2020), then ImageNet's mean and standard deviation. Each sample draws its own parameters, all of them from
-    one `torch.rand` on the generator's device: with a CPU generator they are the same whatever device the images are
-    on. Nothing waits for the device. Raises ValueError on a wrong dtype or shape, or a knob out of range.
+    Random resized crop, flip, colour jitter (times `jitter`, 0 to 5), grey and Gaussian blur as in SimCLR (Chen et
+    al., ICML 2020), then `mean` and `std` of the channels.  source: a generator, of which one torch.rand on its
+    device takes all that is random, or those numbers, uniform in [0, 1), [B, NUM_UNIFORM]: equal ones give the same
+    views on every device, to rounding. Nothing waits for the device. Raises ValueError on a wrong dtype or shape, or
+    a knob out of range.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
@@ -173,10 +183,23 @@ def augment(images: Tensor, size: int, generator: torch.Generator, crop_scale: t
         raise ValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1, got {tuple(crop_scale)}")
     if not 0 <= jitter <= 5:
         raise ValueError(f"jitter must be from 0 (none) to 5 (hue all around), got {jitter}")
-    uniform = torch.rand(len(images), NUM_UNIFORM, generator=generator, device=generator.device)
-    parameters = augmentation_parameters(uniform, *images.shape[2:], size, crop_scale, jitter)
+    if isinstance(source, torch.Generator):
+        source = torch.rand(len(images), NUM_UNIFORM, generator=source, device=source.device)
     # On the CPU in pieces that its caches hold; a device takes the whole batch at once.
     piece = max(1, PIECE // size**2) if images.device.type == "cpu" else max(1, len(images))
-    parameters = (p.to(images.device, non_blocking=True).split(piece) for p in parameters)
-    views = [apply_augmentation(x, Augmentation(*p), size) for x, *p in zip(images.split(piece), *parameters)]
+    uniform = source.to(images.device, non_blocking=True)
+    views = [apply_augmentation(x, augmentation_parameters(part, *x.shape[2:], size, crop_scale, jitter), size, mean,
+                                std) for x, part in zip(images.split(piece), uniform.split(piece))]
     return torch.cat(views) if len(views) > 1 else views[0]
+
+
+def views_of(images: Tensor, generator: torch.Generator, size: int, crop_scale: float, jitter: float, mean: tuple,
+             std: tuple, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """views(index) -> one random view of each of images[index], [len(index), 3, size, size] on the device."""
+    def views(index: Tensor) -> Tensor:
+        batch = images[index.to(images.device, non_blocking=True)]
+        if batch.device != device:  # a set too large for the device: only a pinned copy does not wait for it
+            batch = batch.pin_memory().to(device, non_blocking=True)
+        batch = augment(batch, size, generator, (crop_scale, 1.0), jitter, mean, std)
+        return batch.contiguous(memory_format=torch.channels_last)
+    return views

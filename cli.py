@@ -1,22 +1,30 @@
-"""What the scripts share at their edges: command lines made from a table of knobs, refusals in one line, files that are
-never half-written, and the record of what made a result.
+"""What the scripts share at their edges: command lines made from a table of knobs, refusals in one line, files that
+are never half-written, the record of what made a result, progress, and the style of figures.
 """
 import argparse
 import contextlib
 import difflib
+import io
 import math
 import operator
 import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+# One colour a sampler in every figure; distinct also without colour vision (Okabe and Ito).
+COLOURS = {"random": "#555555", "osgd": "#E69F00", "osgd-replacement": "#CC79A7", "spectral": "#0072B2",
+           "refined": "#009E73"}
 
 
 class Stop(Exception):
@@ -25,6 +33,19 @@ class Stop(Exception):
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
         self.code = code
+
+
+def run(main: Callable[[list[str]], None], script: str, when_interrupted: str = "interrupted") -> int:
+    """The exit code of main(words of the command line); a Stop becomes one line."""
+    try:
+        main(sys.argv[1:])
+    except Stop as stop:
+        print(stop if stop.code > 2 else f"{script}: error: {stop}", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        print(when_interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
 
 
 def nearest(word: str, words) -> str:
@@ -42,47 +63,44 @@ def checked(name: str, allowed, text: str):
             raise Stop(f"{flag} {text}: unknown{nearest(text, allowed)}")
         return text
     kind, *bounds = allowed.split()
-    try:
+    limits = list(zip(bounds[::2], bounds[1::2]))
+    with contextlib.suppress(ValueError, OverflowError):
         value = {"int": int, "float": float}[kind](text)
-        compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-        fits = all(compare[op](value, float(bound)) for op, bound in zip(bounds[::2], bounds[1::2]))
-        if not fits or not math.isfinite(value):
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise Stop(f"{flag} {text}: give {kind} {' and '.join(map(' '.join, zip(bounds[::2], bounds[1::2])))}") from None
-    return value
+        if math.isfinite(value) and all(COMPARE[op](value, float(bound)) for op, bound in limits):
+            return value
+    raise Stop(f"{flag} {text}: give {kind} {' and '.join(map(' '.join, limits))}")
 
 
 def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict,
           words: str | None = None) -> tuple[dict, set[str]]:
     """Values of all knobs from the words of a command line, and the names of those that were given.
 
-    knobs: name -> (default, allowed, help). allowed: a tuple of words, str, bool (a switch), or a kind with bounds such
-    as "int >= 1" or "float > 0 <= 1".  dataset_defaults: value of the knob `dataset` -> defaults of its own.
+    knobs: name -> (default, allowed, help). allowed: a tuple of words, str, bool (a switch), or a kind with
+    bounds such as "int >= 1" or "float > 0 <= 1".  dataset_defaults: data set -> defaults of its own.
     words: name under which words that belong to no knob are returned, a list; None allows none.
     Raises Stop with one line that names what was given and what is allowed.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
-                                     usage=f"%(prog)s {words.upper()} ... [--KNOB VALUE ...]" if words else None,
+    usage = f"%(prog)s {words.upper()} ... [--KNOB VALUE ...]" if words else None
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False, usage=usage,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = {name: "--" + name.replace("_", "-") for name in knobs}
     for name, (default, allowed, text) in knobs.items():
-        values = {d[name] for d in dataset_defaults.values() if name in d}
-        if values:
-            text += f" (default: {', '.join(f'{d[name]} {key}' for key, d in dataset_defaults.items() if name in d)})"
+        own = {key: defaults[name] for key, defaults in dataset_defaults.items() if name in defaults}
+        if own:
+            text += f" (default: {', '.join(f'{value} {key}' for key, value in own.items())})"
         elif default is not None and default is not False:
             text += f" (default: {default})"
-        action = {"action": "store_true"} if allowed is bool else {"metavar": (
-            "|".join(allowed) if isinstance(allowed, tuple) else "WORD" if allowed is str else allowed.split()[0])}
-        parser.add_argument("--" + name.replace("_", "-"), default=None, help=text.replace("%", "%%"), **action)
+        kind = "|".join(allowed) if isinstance(allowed, tuple) else "WORD" if allowed is str else None
+        action = {"action": "store_true"} if allowed is bool else {"metavar": kind or allowed.split()[0]}
+        parser.add_argument(flags[name], default=None, help=text.replace("%", "%%"), **action)
     try:
         given, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise Stop(f"{error.argument_name}: {error.message}; see --help") from None
     free = [word for word in unknown if words and not word.startswith("-")]
-    unknown = [word for word in unknown if word not in free]
-    if unknown:
-        flags = ["--" + name.replace("_", "-") for name in knobs]
-        raise Stop(f"{unknown[0]}: unknown{nearest(unknown[0].split('=')[0], flags)}")
+    for word in unknown:
+        if word not in free:
+            raise Stop(f"{word}: unknown{nearest(word.split('=')[0], flags.values())}")
     values = {words: free} if words else {}
     for name, (default, allowed, _) in knobs.items():
         text = getattr(given, name)
@@ -90,6 +108,13 @@ def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict
     for name, value in dataset_defaults.get(values.get("dataset"), {}).items():
         values[name] = value if values[name] is None else values[name]
     return values, {name for name in knobs if getattr(given, name) is not None}
+
+
+def expand(path: str | Path) -> Path:
+    """The path with ~ as the user's home; of a user that there is not, as it stands."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def pick_device(name: str) -> torch.device:
@@ -106,7 +131,7 @@ def pick_device(name: str) -> torch.device:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, the old one or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")  # the same name each time: a killed process leaves no heap of them
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same: a killed process leaves no heap of them
     try:
         with open(temporary, "wb") as f:
             f.write(content)
@@ -122,20 +147,68 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def provenance(device: torch.device) -> dict:
     """What made a result: command, commit, versions, device."""
-    def git(*words):
-        done = subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
+    def git(*words: str) -> str:
+        try:
+            command = ["git", "-C", Path(__file__).parent, *words]
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:  # no git on this machine
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")  # of code: results are made by it
-        commit = git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except OSError:  # no git on this machine
-        commit = ""
+    # Results are made by the code, so that new ones do not count as changes.
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     try:
         processor = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux, or of other words
         processor = platform.processor() or platform.machine()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
-    return {"command": shlex.join(["python", *sys.argv]), "commit": commit or "unknown", "device": f"{device} ({name})",
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{processor}, {torch.get_num_threads()} threads")
+    return {"command": shlex.join(["python", *sys.argv]),
+            "commit": (git("rev-parse", "HEAD") or "unknown") + "+changes" * bool(changes),
+            "device": f"{device} ({name})", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": {"python": platform.python_version(),
-                         **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}},
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+                         **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}}}
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person reads them: 0:07, 12:34, 3:20:00."""
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+
+
+def progress(what: str, total: float, unit: str = "") -> Callable[[float], None]:
+    """tick(done): after five seconds how far it is and how long it still takes, on stderr: a line rewritten in
+    place on a terminal, else one every ten seconds. What ends sooner prints nothing."""
+    began = shown = time.perf_counter()
+    live = sys.stderr.isatty()
+
+    def tick(done: float) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        if now - began > 5 and done > 0 and (now - shown > (0.5 if live else 10) or done >= total and live):
+            shown = now
+            left = clock((now - began) / done * (total - done))
+            with contextlib.suppress(OSError):  # a closed terminal costs no run
+                print(f"{what}: {done:,.0f} of {total:,.0f}{' ' * bool(unit)}{unit}, {left} left".ljust(78),
+                      end="\r" if live and done < total else "\n", file=sys.stderr, flush=True)
+    return tick
+
+
+def canvas(rows: int, columns: int, width: float, height: float, **options):
+    """A figure of width x height inches and its axes [rows, columns]; drawn without a display."""
+    os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail here
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({
+        "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 8, "axes.spines.top": False,
+        "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2, "pdf.fonttype": 42})
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False,
+                        **options)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write path.png and path.pdf, and let the figure go."""
+    import matplotlib.pyplot as plt
+    for kind in ("png", "pdf"):
+        metadata = {"CreationDate": None} if kind == "pdf" else None
+        figure.savefig(buffer := io.BytesIO(), dpi=160, format=kind, metadata=metadata)
+        write_atomically(Path(f"{path}.{kind}"), buffer.getbuffer())
+    plt.close(figure)

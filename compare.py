@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import Stop, nearest
-from figures import COLOURS, canvas
+from cli import COLOURS, canvas
 
 NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "linear": "linear probe", "knn": "20 nearest neighbours",
          **{f"severity_{s}": f"R@1, severity {s}" for s in range(1, 6)}}

@@ -8,6 +8,7 @@ Every loss takes the projections z1, z2 [B, D] of the two views (row i of one is
 other; they need not be normalised), computes in float32 or better, and returns a scalar.
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -71,19 +72,22 @@ class ContrastiveModel(nn.Module):
 
 
 @torch.no_grad()
-def embed(model: nn.Module, views, index: Tensor, chunk: int = 256, stop=lambda: False) -> tuple[Tensor, Tensor]:
+def embed(model: nn.Module, views: Callable[[Tensor], Tensor], index: Tensor, chunk: int = 256,
+          on_chunk: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
     """Projections u, v [len(index), D], float32, of two fresh views of the samples `index`, in eval mode.
 
-    views(index) gives an augmented batch [len(index), 3, S, S], on the network's device. Leaves no trace in the model: modes are restored, and
-    eval mode does not move batch norm's running statistics.  Raises KeyboardInterrupt when stop() turns true.
+    views(index) gives an augmented batch [len(index), 3, S, S], on the network's device. on_chunk(done) is called
+    before each chunk with the number of samples embedded; it may raise, to end. Leaves no trace in the model: modes
+    are restored, and eval mode does not move batch norm's running statistics.
     """
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         u, v = [], []
-        for part in index.split(chunk):
-            if stop():
-                raise KeyboardInterrupt
+        for start in range(0, len(index), chunk):
+            if on_chunk:
+                on_chunk(start)
+            part = index[start:start + chunk]
             if 0 < len(part) < chunk < len(index):  # a compiled network sees one shape only
                 part = torch.cat([part, index[:chunk - len(part)]])
             a, b = model(views(part.repeat(2))).float().chunk(2)

@@ -30,7 +30,7 @@ import corruptions
 import data
 from augment import MEAN, STD, augment
 from cli import Stop, parse, pick_device, provenance, write_atomically
-from figures import save
+from cli import save_figure as save
 from model import ContrastiveModel, embed
 from probe import probe
 

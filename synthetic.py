@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from cli import Stop, parse, pick_device, provenance, write_atomically
-from figures import COLOURS, canvas, save
+from cli import COLOURS, canvas, save_figure as save
 from model import infonce
 from samplers import all_batches, batch_losses, spectral_batches
 from theory import (METHODS, Matching, claim, cross_polytope, cross_polytope_loss, descend, etf, etf_loss, evaluations,

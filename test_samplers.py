@@ -2,7 +2,7 @@
 
     python -m pytest test_samplers.py
 
-test_reference.npz, beside this file, holds inputs and values computed in float64 by an independent implementation.
+tests/reference.npz holds inputs and values computed in float64 by an independent implementation.
 """
 import functools
 import itertools
@@ -21,7 +21,7 @@ from samplers import (_assign, all_batches, batch_losses, osgd_batches, osgd_bat
                       spectral_batches)
 
 
-REFERENCE = np.load(Path(__file__).parent / "test_reference.npz")
+REFERENCE = np.load(Path(__file__).parent / "tests" / "reference.npz")
 REF = {key: torch.from_numpy(REFERENCE[key]) for key in REFERENCE if key.startswith(("ntxent_z", "affinity", "osgd"))}
 
 

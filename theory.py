@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from figures import COLOURS
+from cli import COLOURS
 from samplers import all_batches, random_batches_with_replacement, select_by_loss, spectral_batches
 
 

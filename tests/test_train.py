@@ -1,6 +1,6 @@
 """Tests of losses, optimiser, training.  Run: pytest test_train.py
 
-test_reference.npz holds inputs and expected values, computed independently in float64; its keys' prefixes name them.
+reference.npz holds inputs and expected values, computed independently in float64; its keys' prefixes name them.
 """
 import copy
 import fcntl
@@ -29,8 +29,8 @@ from lars import LARS, warmup_cosine
 from model import ContrastiveModel, SmallMapConv2d, SogCLRLoss, embed, hcl, infonce, nt_xent
 from samplers import all_batches
 
-HERE = Path(__file__).parent
-REFERENCE = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(HERE / "test_reference.npz").items()}
+HERE = Path(__file__).parents[1]
+REFERENCE = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(HERE / "tests" / "reference.npz").items()}
 close = dict(rtol=0, atol=1e-6)
 
 

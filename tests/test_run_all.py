@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import plan
 from model import ContrastiveModel
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 CODE = [path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")] + ["synthetic.py", "report.py"]
 # Writes what the real commands would. A file fail-WORD lets the commands fail that hold the word, hang-WORD lets them hang
 # once their checkpoint is written.

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from samplers import ContrastiveBatchSampler, batch_losses
 from test_samplers import clustered, refused
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SOURCE, RECIPES = (HERE.joinpath(name).read_text() for name in ("samplers.py", "README.md"))
 
 # Twelve clusters of 20 samples each, in two views; 8 in a batch.

@@ -32,7 +32,7 @@ from probe import probe
 from retrieval import own_version_ranks, partner_ranks, recalibrate, retrieval_metrics
 from test_corruptions import cifar_c
 
-REFERENCE = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parent / "test_reference.npz").items()}
+REFERENCE = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parent / "reference.npz").items()}
 
 
 # ------------------------------------------------------------------------------------------------- metrics
