@@ -169,21 +169,32 @@ def provenance(device: torch.device) -> dict:
                          **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}}}
 
 
+def say(line: str) -> None:
+    """Prints; a closed terminal, a full disk behind it or `| head` costs no run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def clock(seconds: float) -> str:
     """Seconds as a person reads them: 0:07, 12:34, 3:20:00."""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
 
 
-def progress(what: str, total: float, unit: str = "") -> Callable[[float], None]:
+def progress(what: str, total: float, unit: str = "", adding: bool = False) -> Callable[[float], None]:
     """tick(done): after five seconds how far it is and how long it still takes, on stderr: a line rewritten in
-    place on a terminal, else one every ten seconds. What ends sooner prints nothing."""
+    place on a terminal, else one every ten seconds. What ends sooner prints nothing. adding: done is since the last
+    tick, not since the beginning."""
     began = shown = time.perf_counter()
+    so_far = 0.0
     live = sys.stderr.isatty()
 
     def tick(done: float) -> None:
-        nonlocal shown
-        now = time.perf_counter()
+        nonlocal shown, so_far
+        now, so_far = time.perf_counter(), so_far + done if adding else done
+        done = so_far
         if now - began > 5 and done > 0 and (now - shown > (0.5 if live else 10) or done >= total and live):
             shown = now
             left = clock((now - began) / done * (total - done))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
@@ -21,22 +22,24 @@ class LARS(torch.optim.Optimizer):
     (scale 1 where a norm is zero). Parameters of one dimension (biases, batch norm) get neither decay nor
     layer scaling. Momentum is applied after the layer scaling and does not contain the learning rate.
 
-    params: parameters or parameter groups.  Raises ValueError for a negative hyper-parameter.
+    params: parameters or parameter groups.  lr: a number, or a tensor of one on the parameters' device, which a
+    CUDA graph reads anew at each replay.  Raises ValueError for a negative hyper-parameter.
     """
 
-    def __init__(self, params: Iterable, lr: float, momentum: float = 0.9, weight_decay: float = 1e-6,
+    def __init__(self, params: Iterable, lr: float | Tensor, momentum: float = 0.9, weight_decay: float = 1e-6,
                  trust_coefficient: float = 0.001):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
         for name, value in defaults.items():
-            if not value >= 0:
+            if not isinstance(value, Tensor) and not value >= 0:  # a tensor's would have to be read from a GPU
                 raise ValueError(f"LARS: {name} is {value}; give a number >= 0")
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable | None = None) -> Tensor | None:
         """One update of every parameter that has a gradient. Never reads a value back from the device.
 
-        The gradients serve as scratch space and hold something else afterwards: a copy would cost as much as the rest.
+        The gradients serve as scratch space and hold something else afterwards: a copy would cost as much as the
+        rest.
         """
         loss = None
         if closure is not None:
@@ -57,11 +60,15 @@ class LARS(torch.optim.Optimizer):
             if layers:
                 torch._foreach_add_(updates[:n], layers, alpha=group["weight_decay"])
                 w_norm, d_norm = (torch.stack(torch._foreach_norm(x)) for x in (layers, updates[:n]))
-                scale = torch.where((w_norm > 0) & (d_norm > 0), group["trust_coefficient"] * w_norm / d_norm, 1.0)
+                scale = group["trust_coefficient"] * w_norm / d_norm
+                scale = torch.where((w_norm > 0) & (d_norm > 0), scale, 1.0)
                 torch._foreach_mul_(updates[:n], list(scale.unbind()))
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            if isinstance(group["lr"], Tensor):  # without a copy of the buffers
+                torch._foreach_addcmul_(params, buffers, [-group["lr"]] * len(params))
+            else:
+                torch._foreach_add_(params, buffers, alpha=-group["lr"])
         return loss
 
 

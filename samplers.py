@@ -1,15 +1,13 @@
 """Mini-batches for contrastive learning, random or hard. Copy this file into your project; it needs torch and scipy.
 
-    u, v = encoder(view1), encoder(view2)                    # [n, d] each, in a random order; any scale, any device
-    batches = spectral_batches(u, v, batch_size=32, k=40, refine=True)    # [n // 32, 32]: rows hard to tell apart
-    for rows in batches:
-        loss = contrastive_loss(view1[rows], view2[rows])
+    sampler = ContrastiveBatchSampler(len(dataset), batch_size=32)     # DataLoader(dataset, batch_sampler=sampler)
+    ...; sampler.update(rows, u, v)                                    # the step's own embeddings choose the batches
+
+or on embeddings you have:
+
+    u, v = encoder(view1), encoder(view2)               # [n, d] each, in a random order; any scale, any device
+    batches = spectral_batches(u, v, batch_size=32, k=40, refine=True)  # [n // 32, 32]: rows hard to tell apart
     print(batch_losses(u, v, batches).mean(), batch_losses(u, v, random_batches(len(u), 32)).mean())
-
-or as a batch sampler that keeps the embeddings of your training steps:
-
-    sampler = ContrastiveBatchSampler(len(dataset), batch_size=32)    # DataLoader(dataset, batch_sampler=sampler)
-    ...; sampler.update(rows, u, v)
 
 The algorithms of Cho et al., "Mini-Batch Optimization of Contrastive Loss" (TMLR 2024), with its letters: n pairs,
 B = batch_size, k batches at a time of which q are kept. Every selection returns int64 row numbers, the same ones
@@ -25,35 +23,43 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, SequentialSampler
 
+LOSSES = ("nt_xent", "dcl", "infonce")
 MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
-DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280  # spectral_batches: largest window solved whole, parts of larger ones
+# spectral_batches: the largest window that is solved whole, in rows or in batches, and the parts of larger ones.
+DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280
 
 
-def _check_integer(name: str, x: int) -> None:
+# ------------------------------------------------------------------------------------------------ what is refused
+def _integer(name: str, x: int) -> int:
     try:
-        operator.index(x)
+        return operator.index(x)
     except TypeError:
         raise ValueError(f"{name} is {x!r:.80}; give an integer") from None
 
 
 def _check_size(n: int, batch_size: int) -> None:
-    _check_integer("number of samples", n)
-    _check_integer("batch_size", batch_size)
+    n, batch_size = _integer("number of samples", n), _integer("batch_size", batch_size)
     if not 2 <= batch_size <= n:
         raise ValueError(f"batch_size is {batch_size} with {n} samples; give a batch_size from 2 to {n}")
 
 
+def _check_k(n: int, batch_size: int, k: int) -> None:
+    if not 1 <= _integer("k", k) <= n // batch_size:
+        raise ValueError(f"k is {k} with {n} samples in batches of {batch_size}; give a k from 1 to "
+                         f"{n // batch_size}, or more samples")
+
+
 def _check(u: Tensor, v: Tensor, temperature: float, read: bool | None = None) -> None:
-    """Raises ValueError for what no sampler can use. read: look at the values as well, for which a GPU must wait (None: on
-    the CPU alone)."""
+    """Raises ValueError for what no sampler can use. read: look at the values as well, for which a GPU must wait
+    (None: on the CPU alone)."""
     if not (isinstance(u, Tensor) and isinstance(v, Tensor)):
-        raise ValueError(f"u is of type {type(u).__name__} and v of {type(v).__name__}; give two torch tensors [n, d], of numpy "
-                         "arrays torch.from_numpy(u)")
+        raise ValueError(f"u is of type {type(u).__name__} and v of {type(v).__name__}; give two torch tensors [n, d], "
+                         "of numpy arrays torch.from_numpy(u)")
     if u.ndim != 2 or u.shape != v.shape or not u.is_floating_point() or not v.is_floating_point():
-        raise ValueError(f"u is {tuple(u.shape)} {u.dtype} and v {tuple(v.shape)} {v.dtype}; "
-                         "give two floating-point [n, d] tensors of one shape, row i of v the partner of row i of u")
+        raise ValueError(f"u is {tuple(u.shape)} {u.dtype} and v {tuple(v.shape)} {v.dtype}; give two "
+                         "floating-point [n, d] tensors of one shape, row i of v the partner of row i of u")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; give a number > 0, for instance 0.1")
     for name, x in (("u", u), ("v", v)) if read or read is None and u.device.type == "cpu" else ():
@@ -64,29 +70,18 @@ def _check(u: Tensor, v: Tensor, temperature: float, read: bool | None = None) -
                              "encoder made them (a learning rate too high, half-precision overflow)")
 
 
-def _check_k(n: int, batch_size: int, k: int) -> None:
-    _check_integer("k", k)
-    if not 1 <= k <= n // batch_size:
-        raise ValueError(f"k is {k} with {n} samples in batches of {batch_size}; give a k from 1 to {n // batch_size}, "
-                         "or more samples")
-
-
 def _check_batches(batches: Tensor, n: int, read: bool, distinct: bool = False) -> None:
     if not isinstance(batches, Tensor):
         raise ValueError(f"batches is of type {type(batches).__name__}; give an int64 torch tensor [m, B] of row numbers")
-    if batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64 or distinct and batches.numel() > n:
-        raise ValueError(f"batches is {tuple(batches.shape)} {batches.dtype}; "
-                         "give an int64 [m, B] tensor of row numbers, B >= 2" + f", at most {n} in all" * distinct)
+    wrong = batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64
+    if wrong or distinct and batches.numel() > n:
+        raise ValueError(f"batches is {tuple(batches.shape)} {batches.dtype}; give an int64 [m, B] tensor of row "
+                         "numbers, B >= 2" + f", at most {n} in all" * distinct)
     if read and batches.numel():
         if not 0 <= batches.min() <= batches.max() < n:
             raise ValueError(f"batches has row numbers from {batches.min()} to {batches.max()}; give 0 to {n - 1}")
         if distinct and batches.flatten().bincount().max() > 1:
             raise ValueError("batches has a row number twice; give each once, as in a partition")
-
-
-def _dense(batch_size: int) -> int:
-    """Rows of the largest window that is solved whole."""
-    return max(min(DENSE_ROWS, DENSE_BATCHES * batch_size), 2 * batch_size)
 
 
 def _check_exclude(exclude, n: int, refine: bool, batch_size: int, k: int) -> Tensor | None:
@@ -106,58 +101,68 @@ def _check_exclude(exclude, n: int, refine: bool, batch_size: int, k: int) -> Te
     return exclude
 
 
+def _dense(batch_size: int) -> int:
+    """Rows of the largest window that is solved whole."""
+    return max(min(DENSE_ROWS, DENSE_BATCHES * batch_size), 2 * batch_size)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1, float32 or float64, of rows of any length: squares of 1e20 and 1e-30 are out of range."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=1, keepdim=True)
+    return F.normalize(x / largest.clamp(min=torch.finfo(x.dtype).tiny), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ scores
 def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1, loss: str = "nt_xent") -> Tensor:
-    """NT-Xent (Chen et al., ICML 2020) or InfoNCE of each batch: the score of OSGD.
+    """The loss of each batch: the score of OSGD.
 
     u, v [n, d] the two views; batches [m, B] row numbers, B >= 2.  Returns [m], on the device of u, in float32
-    (float64 for float64 input).  "nt_xent": the mean over the 2B views of -log softmax at the partner, the softmax
-    taken over the other 2B - 1 views of the cosines / temperature.  "infonce", of the paper's theory and of two
+    (float64 for float64 input).  "nt_xent" (Chen et al., ICML 2020): the mean over the 2B views of -log softmax at
+    the partner, the softmax taken over the other 2B - 1 views of the cosines / temperature.  "dcl" (Yeh et al., ECCV
+    2022): the partner left out of that softmax's denominator.  "infonce", of the paper's theory and of two
     modalities: the softmax over the B rows of the other view, the two directions added.  Memory is bounded by chunks;
     gradients flow (and then keep every chunk).  Raises ValueError for wrong shapes, temperature or loss, and, where
     looking does not stop a GPU, that is on the CPU, for NaN, infinity and row numbers outside [0, n).
     """
-    if loss not in ("nt_xent", "infonce"):
-        raise ValueError(f"loss is {loss!r}; give 'nt_xent' or 'infonce'")
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; give one of {', '.join(LOSSES)}")
     _check(u, v, temperature)
     on_cpu = u.device.type == "cpu"
     _check_batches(batches, len(u), read=on_cpu)
-    batches = batches.to(u.device, non_blocking=True)
-    B, n, d = batches.shape[1], *u.shape
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    batches, B, (n, d) = batches.to(u.device, non_blocking=True), batches.shape[1], u.shape
+    dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
     # A chunk's views and logits stay in a core's cache; on a GPU larger chunks save launches.
     chunk = max(1, (2 ** 22 if on_cpu else 2 ** 28) // (dtype.itemsize * 2 * B * (2 * B + d)))
-
-    def logits(z: Tensor) -> Tensor:  # [..., r, d] -> [..., r, r]
-        s = z @ z.mT
-        # Lengths stand on the diagonal: scaling the logits is cheaper than scaling the views, as 2B < d.
-        scale = (s.diagonal(0, -2, -1).clamp(min=1e-24) * temperature).rsqrt()
-        # Logits less their upper bound: with exp(-2/temperature) in range, no search for the maximum is needed.
-        return s * scale[..., None] * scale[..., None, :] - 1 / temperature
-
     losses, table = [], None
     with torch.autocast(u.device.type, enabled=False):  # a bfloat16 logit of 10 is wrong by 0.03
-        # Where the batches meet every pair several times, as all_batches do, each logit is computed once and looked up.
-        if loss == "nt_xent" and 4 * n * n <= min(2 ** 20, len(batches) * B * B):
-            table = logits(torch.cat([u, v]).to(dtype)).flatten()
+        u, v = _unit(u).to(dtype), _unit(v).to(dtype)
+        # Where the batches meet every pair several times, as all_batches do, each logit is computed once, looked up.
+        if loss != "infonce" and 4 * n * n <= min(2 ** 20, len(batches) * B * B):
+            z = torch.cat([u, v])
+            table = (z @ z.T).sub_(1).div_(temperature).flatten()
         for rows in batches.split(chunk):
             if table is not None:
                 row = torch.cat([rows, rows + n], 1)
                 s = table.index_select(0, (2 * n * row[:, :, None] + row[:, None]).flatten()).view(-1, 2 * B, 2 * B)
             else:
-                z = torch.cat([x.index_select(0, rows.reshape(-1)).view(-1, B, d) for x in (u, v)], 1).to(dtype)  # [c, 2B, d]
+                a, b = (x.index_select(0, rows.reshape(-1)).view(-1, B, d) for x in (u, v))
                 if loss == "infonce":
-                    a, b = F.normalize(z, dim=2).split(B, 1)
                     s = a @ b.mT / temperature  # [c, B, B]
                     losses.append((s.logsumexp(1) + s.logsumexp(2) - 2 * s.diagonal(0, 1, 2)).mean(1))
                     continue
-                s = logits(z)  # [c, 2B, 2B]
+                z = torch.cat([a, b], 1)  # [c, 2B, d]
+                # Less its upper bound: with exp(-2 / temperature) in range, no search for the maximum is needed.
+                s = (z @ z.mT).sub_(1).div_(temperature)  # [c, 2B, 2B]
             positive = s.diagonal(B, 1, 2).mean(1)
-            s.diagonal(0, 1, 2).fill_(-torch.inf)
+            for offset in (0,) if loss == "nt_xent" else (0, B, -B):
+                s.diagonal(offset, 1, 2).fill_(-torch.inf)
             lse = s.exp().sum(2).log() if temperature > 0.03 else s.logsumexp(2)
             losses.append(lse.mean(1) - positive)
     return torch.cat(losses)
 
 
+# ------------------------------------------------------------------------------------------------ random batches
 def random_batches(n: int, batch_size: int, generator: Generator | None = None) -> Tensor:
     """A random permutation of n samples cut into batches [n // B, B] (Algorithm 4), on the generator's device.
 
@@ -174,8 +179,7 @@ def random_batches_with_replacement(m: int, n: int, batch_size: int, generator: 
     The order inside a row is not random.  Raises ValueError for m < 1 or a batch_size outside [2, n].
     """
     _check_size(n, batch_size)
-    _check_integer("m", m)
-    if m < 1:
+    if _integer("m", m) < 1:
         raise ValueError(f"m is {m} batches; give 1 or more")
     device = generator.device if generator else "cpu"
     # Floyd's sampling, all rows at once: column c draws from 0..n-B+c and takes that last number where its draw
@@ -208,6 +212,7 @@ def all_batches(n: int, batch_size: int) -> Tensor:
     return rows
 
 
+# ------------------------------------------------------------------------------------------------ by loss
 def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: float = 0.1,
                    lowest: bool = False, loss: str = "nt_xent") -> Tensor:
     """Of the given batches the q of highest loss, by rising loss (with all_batches: Algorithm 2).
@@ -217,11 +222,11 @@ def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: f
     """
     _check(u, v, temperature, read=False)
     if not isinstance(batches, Tensor) or batches.ndim not in (2, 3):
-        raise ValueError(f"batches is {tuple(getattr(batches, 'shape', ()))}; give a tensor of row numbers [k, B] or [groups, k, B]")
+        raise ValueError(f"batches is {tuple(getattr(batches, 'shape', ()))}; give a tensor of row numbers [k, B] or "
+                         "[groups, k, B]")
     batches = batches.to(u.device, non_blocking=True)
     k, batch_size = batches.shape[-2:]
-    _check_integer("q", q)
-    if not 1 <= q <= k:
+    if not 1 <= _integer("q", q) <= k:
         raise ValueError(f"q is {q} with k = {k} batches to choose from; give a q from 1 to {k}")
     losses = batch_losses(u.detach(), v.detach(), batches.reshape(-1, batch_size), temperature, loss)
     order = losses.view(batches.shape[:-1]).argsort(dim=-1, stable=True)
@@ -251,16 +256,16 @@ def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int,
                                   loss: str = "nt_xent") -> Tensor:
     """Of k uniformly random B-subsets the q of highest loss, by rising loss (one step of OSGD, Algorithm 5).
 
-    u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B here.  lowest and ValueErrors as osgd_batches.
+    u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B.  lowest and ValueErrors as osgd_batches.
     """
     _check(u, v, temperature, read=False)
-    _check_integer("k", k)
-    if k < 1:
+    if _integer("k", k) < 1:
         raise ValueError(f"k is {k}; draw 1 batch or more")
     batches = random_batches_with_replacement(k, len(u), batch_size, generator)
     return select_by_loss(u, v, batches.to(u.device), q, temperature, lowest, loss)
 
 
+# ------------------------------------------------------------------------------------------------ by similarity
 def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float = 0.1) -> Tensor:
     """Edge weights W [n, n] of the graph whose heavy clusters are hard batches (Algorithm 1).
 
@@ -273,8 +278,8 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; give 2 or more")
     with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
-        u, v = (F.normalize(x.to(dtype), dim=1) for x in (u, v))
+        dtype = torch.promote_types(u.dtype, v.dtype)
+        u, v = _unit(u.to(dtype)), _unit(v.to(dtype))
         s = (u @ v.T) / temperature
         own = s.diagonal() - math.log(batch_size - 1)
         if temperature < 0.06:
@@ -289,19 +294,18 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
 
 def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
                      generator: Generator | None = None, refine: bool = False, exclude: Tensor | None = None,
-                     ceiling: float | None = None, loss: str = "nt_xent") -> Tensor:
+                     ceiling: float | None = None) -> Tensor:
     """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
 
     u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split into
     batches of exactly B, so that every row is in one batch; the last n % B rows are dropped.  Returns [n // B, B] on
-    the device of u.  refine: exchange rows between batches until they are harder still (ours: refine_by_weight, then
-    refine_by_loss).  Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches; a larger
-    window is cut into parts of similar rows, about PART_ROWS each, so that time and memory grow as k B; with refine,
-    batches that lie close are brought together in new parts, twice, and go on exchanging.
-    loss: what refine_by_loss makes harder; "infonce", of two modalities, is left to the weights, which bound it.
+    the device of u.  refine: exchange rows between batches until they are harder still (ours: refine_by_weight).
+    Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches; a larger window is cut
+    into parts of similar rows, about PART_ROWS each, so that time and memory grow as k B; with refine, batches that
+    lie close are brought together in new parts, twice, and go on exchanging.
     Against false negatives: exclude [n], integers such as class labels, two rows of one number share a batch only
-    where sizes leave no other way (needs refine and a window solved whole); ceiling, a quantile, 0.999 say: heavier edges weigh no more than
-    it, so that near-duplicates attract no more than others. Either leaves refine_by_loss out, which knows of neither.
+    where sizes leave no other way (needs refine and a window solved whole); ceiling, a quantile, 0.999 say: heavier
+    edges weigh no more than it, so that near-duplicates attract no more than others.
     Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n, a ceiling
     outside (0, 1], exclude with a window that is not solved whole.
     """
@@ -310,15 +314,12 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     _check_k(len(u), batch_size, k)
     n = len(u) // batch_size * batch_size
     exclude = _check_exclude(exclude, len(u), refine, batch_size, k)
-    if loss not in ("nt_xent", "infonce"):
-        raise ValueError(f"loss is {loss!r}; give 'nt_xent' or 'infonce'")
     if ceiling is not None and not 0 < ceiling <= 1:
         raise ValueError(f"ceiling is {ceiling}; give a quantile > 0 and <= 1, for instance 0.999")
-    u, v = (x.detach()[:n] for x in (u, v))
+    u, v = (_unit(x.detach()[:n].float()) for x in (u, v))
 
     def solve(rows: Tensor, batches: Tensor | None = None) -> Tensor:
-        x, y = u[rows].float(), v[rows].float()
-        w = spectral_affinity(x, y, batch_size, temperature)
+        w = spectral_affinity(u[rows], v[rows], batch_size, temperature)
         if ceiling is not None:
             w = w.clamp(max=w.flatten().kthvalue(math.ceil(ceiling * w.numel())).values)
         if exclude is not None:
@@ -327,17 +328,11 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
             w = w.masked_fill(same, 0)
         if batches is None:
             batches = _balanced_clusters(w, batch_size, generator)
-        if exclude is not None:  # one such edge outweighs all that a batch can gain
+        rounds = None
+        if exclude is not None:  # one such edge outweighs all that a batch can gain; a round may part but two of them
             w = w.masked_fill(same, -4 * batch_size * w.max())
-        if refine:
-            # For two the weight is the InfoNCE loss and for few near it; few large batches meet too seldom to matter.
-            by_loss = loss == "nt_xent" and exclude is None and ceiling is None and 8 <= batch_size <= 8 * len(batches)
-            # Before it, all rounds would take 1.6 times the time. A round may part but two of a group.
-            rounds = len(batches) // 2 if by_loss else None if exclude is None else max(batches.numel(), 2 ** 31 // (batches.numel() * batch_size))
-            batches = refine_by_weight(w, batches, rounds)
-            if by_loss:
-                batches = refine_by_loss(x, y, batches, temperature)
-        return rows[batches]
+            rounds = max(batches.numel(), 2 ** 31 // (batches.numel() * batch_size))
+        return rows[refine_by_weight(w, batches, rounds) if refine else batches.to(rows.device)]
 
     batches = []
     for window in torch.arange(n, device=u.device).split(k * batch_size):
@@ -345,7 +340,7 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
             batches.append(solve(window))
             continue
         part = min(max(PART_ROWS // batch_size, 2), DENSE_BATCHES)  # batches in a part
-        centre = F.normalize(F.normalize(u[window].float(), dim=1) + F.normalize(v[window].float(), dim=1), dim=1)
+        centre = F.normalize(u[window] + v[window], dim=1)
         parts = _similar_parts(centre, part * batch_size, batch_size, generator)
         own = torch.cat([solve(window[rows]) for rows in parts])
         for _ in range(2 * refine):
@@ -362,11 +357,11 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
     w [n, n] symmetric with zero diagonal (spectral_affinity); batches [k, B] of its rows, all distinct.  With
     D[i, b] the weight of row i to the rows of batch b, exchanging i of a and j of b adds
         D[i, b] - D[i, a] + D[j, a] - D[j, b] - 2 w[i, j]
-    to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches, those first
-    whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no exchange helps, or after
-    max_rounds (default: 2^30 gains looked at, which only batches of hundreds reach).  Returns [k, B].  Rows of w in no
-    batch stay out.  That w is symmetric, with a zero diagonal and finite, is assumed, not looked at.  Raises ValueError
-    for wrong shapes and, on the CPU, for row numbers outside [0, n) or given twice.
+    to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches, those
+    first whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no exchange helps,
+    or after max_rounds (default: 2^30 gains looked at, which only batches of hundreds reach).  Returns [k, B].  Rows
+    of w in no batch stay out.  That w is symmetric, with a zero diagonal and finite, is assumed, not looked at.
+    Raises ValueError for wrong shapes and, on the CPU, for row numbers outside [0, n) or given twice.
     """
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.is_floating_point():
         raise ValueError(f"w is {tuple(w.shape)} {w.dtype}; give floating-point weights [n, n]")
@@ -389,8 +384,8 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
         if len(a) == 0:
             break
         b = mate[a]
-        gain = ((inside[a, :, b] - inside[a, :, a])[:, :, None] + (inside[b, :, a] - inside[b, :, b])[:, None]
-                - 2 * w[batches[a][:, :, None], batches[b][:, None]])  # [pairs, B, B]
+        leave = (inside[a, :, b] - inside[a, :, a])[:, :, None] + (inside[b, :, a] - inside[b, :, b])[:, None]
+        gain = leave - 2 * w[batches[a][:, :, None], batches[b][:, None]]  # [pairs, B, B]
         gain, slots = gain.flatten(1).max(1)
         better = gain > least
         open_pairs[a[~better], b[~better]] = open_pairs[b[~better], a[~better]] = False
@@ -405,71 +400,6 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
         top[changed] = (inside[changed] - own[changed]).amax(1)
         top[:, changed] = (inside[:, :, changed] - own).amax(1)
         open_pairs[changed] = open_pairs[:, changed] = True
-        open_pairs.fill_diagonal_(False)
-    return batches
-
-
-def refine_by_loss(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1, tournaments: int = 1) -> Tensor:
-    """A partition of greater mean NT-Xent, from any one: exchanges between pairs of batches while they add to it.
-
-    u, v [n, d]; batches [k, B] of their rows, all distinct.  In a tournament every batch meets every other, k/2 pairs at a
-    time. The loss of a sample is log S, S a sum over its batch, so what an exchange does to those who stay is bounded by
-    its first-order term; the exchange of the highest bound in each pair is made if its exact gain is positive.
-    Memory O(k B (B + d)), in float32.  Returns [k, B].  Raises ValueError as batch_losses, and for a row given twice.
-    """
-    _check(u, v, temperature)
-    _check_batches(batches, len(u), read=u.device.type == "cpu", distinct=True)
-    k, size = batches.shape
-    batches = batches.to(u.device, copy=True)
-    z = torch.stack([F.normalize(x[batches].float(), dim=2) for x in (u, v)], 1)  # [k, 2 views, B, d]
-
-    def terms(z1: Tensor, z2: Tensor) -> Tensor:  # of the sums S: exp(cosine / temperature), less their upper bound
-        return (z1.flatten(1, 2) @ z2.flatten(1, 2).mT).sub_(1).div_(temperature).exp_().view(-1, 2, size, 2, size)
-
-    # e[a, z, i, j]: what sample j of its batch a adds to the sum of view z of sample i, over both views of j.
-    e = terms(z, z)
-    positive = e[:, 0, :, 1].diagonal(0, 1, 2).clone()  # [k, B]
-    e = e.sum(3)
-    e.diagonal(0, 2, 3).zero_()
-    players = k + k % 2  # the last one of an odd number sits out
-    ring = torch.arange(players, device=u.device)
-    open_pairs = (ring[:, None] < k) & (ring < k)
-    side = torch.arange(2, device=u.device)[:, None]
-    for _ in range(tournaments * (players - 1)):
-        ring = torch.cat([ring[:1], ring[1:].roll(1)])
-        pair = torch.stack([ring[:players // 2], ring[players // 2:].flip(0)])  # [2 sides, P]
-        pair = pair[:, open_pairs[pair[0], pair[1]]]
-        if pair.shape[1] == 0:
-            continue
-        open_pairs[pair, pair.flip(0)] = False
-        across = terms(z[pair[0]], z[pair[1]])
-        same, other = e[pair.T], torch.stack([across.sum(3), across.sum(1).permute(0, 2, 3, 1)], 1)  # [P, sides, 2, B, B]
-        start = positive[pair.T][:, :, None]
-        total, total_other = start + same.sum(4), start + other.sum(4)  # [P, sides, 2, B]: S here, and with all of the other
-        slope = 1 / total
-        flat = slope.flatten(2)[:, :, None]
-        stay = (flat @ other.flatten(2, 3)).flip(1) - flat @ same.flatten(2, 3)
-        leave = stay[:, :, 0] - total.log().sum(2)  # [P, sides, B]
-        # Whoever moves does not meet whom it replaces, and has no part in what those who stay gain.
-        meet = ((total_other[..., None] - other).clamp_(min=1e-37).log_() - slope[..., None] * other).sum(2)
-        bound = meet[:, 0] + meet[:, 1].mT + leave[:, 0, :, None] + leave[:, 1, None]  # [P, B, B]
-        bound, slots = bound.flatten(1).max(1)
-        slot = torch.stack([slots // size, slots % size])  # [sides, P]
-        p = torch.arange(len(slots), device=u.device)
-        arriving = other[p, side, :, :, slot.flip(0)]  # [sides, P, 2, B]: to the sums of those who are there
-        change = (arriving - same[p, side, :, :, slot]) * slope.transpose(0, 1)
-        error = change.clamp(min=-1 + 1e-7).log1p() - change
-        error[side, p, :, slot] = 0
-        better = bound + error.sum((0, 2, 3)) > 1e-4
-        p, pair, slot = p[better], pair[:, better], slot[:, better]
-        e[pair, :, slot] = other[p, 1 - side, :, slot.flip(0)]
-        e[pair, :, :, slot] = arriving[:, better]
-        e[pair, :, slot, slot] = 0
-        z[pair, :, slot] = z[pair.flip(0), :, slot.flip(0)]
-        for x in (batches, positive):
-            x[pair, slot] = x[pair.flip(0), slot.flip(0)]
-        changed = pair.flatten()
-        open_pairs[changed, :k] = open_pairs[:k, changed] = True
         open_pairs.fill_diagonal_(False)
     return batches
 
@@ -504,34 +434,33 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
     n, k = len(w), len(w) // size
     if k == 1:
         return torch.arange(n)[None]
-    device = generator.device if generator else "cpu"
+    draw = dict(generator=generator, device=generator.device if generator else "cpu", dtype=w.dtype)
     with torch.autocast(w.device.type, enabled=False):
-        # Largest eigenpairs of D^-1/2 W D^-1/2. Of large ones by subspace iteration: after 4 products the batches are as
-        # hard as with exact eigenvectors, to 1 %, in a tenth of the time. The extra columns make few clusters exact too.
+        # Largest eigenpairs of D^-1/2 W D^-1/2. Of large ones by subspace iteration: after 4 products the batches are
+        # as hard as with exact eigenvectors, to 1 %, in a tenth of the time; extra columns make few clusters exact.
         half = w.sum(1, keepdim=True).clamp(min=1e-30).rsqrt()
         if n <= max(256, 4 * k):
             values, x = torch.linalg.eigh(half * w * half.T)
         else:
-            x = torch.randn(n, min(n, k + 8), generator=generator, device=device).to(w.device)
+            x = torch.randn(n, min(n, k + 8), **draw).to(w.device)
             for _ in range(4):
                 x = torch.linalg.qr(half * (w @ (half * x)))[0]
             values, rotation = torch.linalg.eigh(x.T @ (half * (w @ (half * x))))
             x = x @ rotation
-        # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows are the
-        # closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less in the distances. A graph
-        # without clusters has negative ones: a diagonal added to W, which no partition feels, lifts them above 0.
+        # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows are
+        # the closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less in the distances.
+        # A graph without clusters has negative ones: a diagonal added to W, which no partition feels, lifts them.
         x = (x[:, -k:-1] * (values[-k:-1] - values[-k - 1].clamp(max=0)).sqrt()).cpu()  # [n, k-1]; small from here on
         # k-means++ (Arthur & Vassilvitskii, 2007): the next centre with probability by squared distance.
-        draws = torch.rand(k, generator=generator, device=device).cpu()
-        distance, chosen = torch.full((n,), torch.inf), []
-        for draw in draws:
-            total = (distance if chosen else torch.ones(n)).cumsum(0)
+        distance, chosen = x.new_full((n,), torch.inf), []
+        for number in torch.rand(k, **draw).cpu():
+            total = (distance if chosen else torch.ones_like(distance)).cumsum(0)
             # With fewer distinct points than centres every distance ends at 0, and the clamp takes the last row.
-            chosen.append(torch.searchsorted(total, draw * total[-1], right=True).clamp(max=n - 1))
+            chosen.append(torch.searchsorted(total, number * total[-1], right=True).clamp(max=n - 1))
             distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
         centres = x[torch.stack(chosen)]
         for _ in range(10):  # Lloyd; further rounds add less than 1 %
-            member = F.one_hot((2 * x @ centres.T - centres.square().sum(1)).argmax(1), k).float()
+            member = F.one_hot((2 * x @ centres.T - centres.square().sum(1)).argmax(1), k).to(x.dtype)
             count = member.sum(0)[:, None]
             centres = torch.where(count > 0, member.T @ x / count.clamp(min=1), centres)
         label = _assign(2 * x @ centres.T - centres.square().sum(1), size)
@@ -547,7 +476,7 @@ def _assign(gain: Tensor, size: int) -> Tensor:
     """
     n, k = gain.shape
     gain = gain / gain.std().clamp(min=1e-12)
-    price = torch.zeros(k)
+    price = gain.new_zeros(k)
     for step in range(20):
         heat = max(0.05, 0.5 * 0.8 ** step)
         demand = torch.softmax((gain - price) / heat, 1).sum(0)
@@ -566,124 +495,180 @@ def _assign(gain: Tensor, size: int) -> Tensor:
     return label
 
 
-class ContrastiveBatchSampler(Sampler):
-    """Hard batches for DataLoader(dataset, batch_sampler=...) or a loop of your own: lists of B row numbers.
+# ------------------------------------------------------------------------------------------------ batch after batch
+class ContrastiveBatchSampler(BatchSampler):
+    """Batches for DataLoader(dataset, batch_sampler=...) or a loop of your own: lists of B row numbers.
 
-    A permutation of the n samples is taken in windows of k * B (or `window`) samples. Each is embedded when its turn
-    comes and gives k batches ("spectral", Algorithm 1), or the q of highest, or `lowest`, loss ("osgd", Algorithm 6,
-    on as many permutations as an epoch of n // B batches needs). By default k is 40, or n // B if that is less, and q a
-    tenth of k; refine, exclude, ceiling, loss and temperature are those of spectral_batches. u, v [m, d], two views or two modalities, come from
-    - embed(indices [m]), without gradients, up to max(B, 256) samples a call; set the encoder to eval mode in it; or
+    method: "spectral" (Algorithm 1): a permutation of the n samples is taken in windows of k * B (or `window`)
+    samples, each split into k hard batches; "osgd" (6): of each k batches of a permutation the q of highest, or
+    `lowest`, loss, of as many permutations as an epoch of n // B batches needs; "osgd-replacement" (5): of k batches
+    drawn anew from all samples; "random" (4); or a function (u, v, batch_size, k, temperature, generator) -> rows of
+    the window [m, B].  By default k is 40, or n // B if that is less, and q a tenth of k; refine, exclude, ceiling,
+    loss and temperature are those of spectral_batches and select_by_loss.  The first random_epochs are random.
+    u, v [m, d], two views or two modalities, come from
+    - embed(indices [m]), without gradients, up to max(B, 256) samples a call; set the encoder to eval mode in it.
+      Each window is embedded when its turn comes, or, at_once, all samples whenever a permutation is drawn; or
     - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come first,
       in random batches: that is all of the first epoch. Without either function every batch is random.
-    Of these batches each of world_size processes takes every world_size-th; with torch.distributed, of rank 0's. Give
-    both there, unless the trainer deals batches out by itself, as accelerate does.
+    A new iteration after one that was begun, to its end or not, gives the next epoch.
+    Where torch.distributed runs several processes they choose the same batches (rank 0's), embed a share each and
+    share what update is given. Of the batches each of world_size processes takes every world_size-th; leave rank and
+    world_size out where the trainer deals batches out by itself, as accelerate does.
     DataLoader workers fetch ahead: windows are then chosen, and state_dict stands, a few batches early.
     Raises ValueError for arguments that do not fit together and, while iterating, for embeddings it cannot use.
     """
-    MADE = ("num_samples", "batch_size", "method", "refine", "k", "q", "lowest", "temperature", "loss", "ceiling", "seed",
-            "world_size")
-    STATE = "epoch", "step", "rest", "random", "pending", "uv", "seen"
+    MADE = ("num_samples", "batch_size", "method", "refine", "k", "q", "lowest", "temperature", "loss", "ceiling",
+            "seed", "random_epochs", "at_once", "world_size")
+    STATE = "epoch", "step", "rest", "random", "pending", "stale", "uv", "seen"
 
-    def __init__(self, num_samples: int, batch_size: int, method: str = "spectral", refine: bool = True,
+    def __init__(self, num_samples: int, batch_size: int, method: str | Callable = "spectral", refine: bool = True,
                  k: int | None = None, q: int | None = None, window: int | None = None, temperature: float = 0.1,
                  seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, lowest: bool = False,
                  exclude: Tensor | None = None, ceiling: float | None = None, rank: int = 0, world_size: int = 1,
-                 loss: str = "nt_xent"):
+                 loss: str = "nt_xent", random_epochs: int = 0, at_once: bool = False):
         _check_size(num_samples, batch_size)
-        _check_integer("seed", seed)
-        whole = num_samples // batch_size
+        n, B = operator.index(num_samples), operator.index(batch_size)
         if window is not None:
-            _check_integer("window", window)
-        if window is not None and (not batch_size <= window <= num_samples or k not in (None, window // batch_size)):
-            raise ValueError(f"window is {window} and k {k}; give k, or a window from {batch_size} to {num_samples}")
-        k = window // batch_size if window is not None else min(40, whole) if k is None else k
-        _check_k(num_samples, batch_size, k)
-        if method not in ("spectral", "osgd") or method == "spectral" and (q is not None or lowest):
-            raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; give 'spectral' without them, or 'osgd'")
-        q = max(1, k // 10) if q is None else q
-        if method == "osgd" and (exclude is not None or ceiling is not None):
-            raise ValueError("method 'osgd' knows neither exclude nor ceiling; leave them out, or give 'spectral'")
-        exclude = _check_exclude(exclude, num_samples, refine, batch_size, k)
+            if not B <= _integer("window", window) <= n or k not in (None, window // B):
+                raise ValueError(f"window is {window} and k {k}; give k, or a window from {B} to {n}")
+            k = window // B
+        k = min(40, n // B) if k is None else _integer("k", k)
+        by_loss, spectral = method in ("osgd", "osgd-replacement"), method == "spectral"
+        if method != "osgd-replacement":  # which draws each batch from all samples
+            _check_k(n, B, k)
+        if not (by_loss or spectral or method == "random" or callable(method)) or not by_loss and (q is not None or lowest):
+            raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; give 'spectral', 'random' or a function "
+                             "without them, or 'osgd', 'osgd-replacement'")
+        if not spectral and (exclude is not None or ceiling is not None):
+            raise ValueError(f"method {method!r} knows neither exclude nor ceiling; leave them out, or give 'spectral'")
         two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
+        q = max(1, k // 10) if q is None else _integer("q", q)
         select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature, loss=loss)
-        spectral_batches(two, two, 2, 1, temperature, None, refine, None, ceiling, loss)
-        if not 0 <= rank < world_size <= whole:
-            raise ValueError(f"rank is {rank} and world_size {world_size}; give 0 <= rank < world_size <= {whole}")
-        self.num_samples, self.batch_size, self.drop_last = num_samples, batch_size, True  # accelerate reads drop_last
-        self.method, self.refine, self.k, self.q, self.lowest = method, refine, k, q, lowest
-        self.temperature, self.seed, self.embed, self.rank, self.world_size = temperature, seed, embed, rank, world_size
-        self.exclude, self.ceiling, self.loss = exclude, ceiling, loss  # as spectral_batches takes them
-        self.uv, self.seen = None, torch.zeros(num_samples, dtype=torch.bool)
+        spectral_batches(two, two, 2, 1, temperature, None, refine, None, ceiling)
+        rank, world_size = _integer("rank", rank), _integer("world_size", world_size)
+        if not 0 <= rank < world_size <= n // B:
+            raise ValueError(f"rank is {rank} and world_size {world_size}; give 0 <= rank < world_size <= {n // B}")
+        super().__init__(SequentialSampler(range(n)), B, drop_last=True)  # what trainers look at
+        self.num_samples, self.batch_size, self.method, self.refine, self.k, self.q = n, B, method, bool(refine), k, q
+        self.lowest, self.temperature, self.loss = bool(lowest), float(temperature), loss
+        self.ceiling = None if ceiling is None else float(ceiling)
+        self.exclude = _check_exclude(exclude, n, refine, B, k)
+        self.seed, self.random_epochs = _integer("seed", seed), _integer("random_epochs", random_epochs)
+        self.embed, self.rank, self.world_size = embed, rank, world_size
+        self.uv, self.last, self.stale, self.at_once = None, None, False, bool(at_once)
+        with torch.inference_mode(False):  # what is made inside it could not be written to in training
+            self.seen = torch.zeros(n, dtype=torch.bool)
         self.generator = torch.Generator()
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        self.epoch, self.step, self.resumed = epoch, 0, False
-        self.rest, self.random = torch.empty(0, dtype=torch.int64), 0  # of the permutation; its first, random batches
+        """The epoch's first batch comes next, of a new permutation."""
+        self.rest, self.random = torch.empty(0, dtype=torch.int64), 0  # of a permutation; its first, random batches
         self.pending = []  # batches of the window
+        self._enter(epoch)
+
+    def _enter(self, epoch: int) -> None:
+        self.epoch, self.step, self.loaded = epoch, 0, False
         self.generator.manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets what the next iteration gives; otherwise that is the epoch after the last. Keeps a loaded position."""
-        if epoch != self.epoch:
-            self._begin(epoch)
+        if epoch != self.epoch or self.step and not self.loaded:
+            self._begin(_integer("epoch", epoch))
 
     def __len__(self) -> int:
         return self.num_samples // self.batch_size // self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        if not self.resumed:
-            self._begin(self.epoch)
-        self.resumed = False
-        while self.step < len(self):
+        if self.step and not self.loaded:  # the last iteration was broken off
+            self._begin(self.epoch + 1)
+        self.loaded = False
+        for _ in range(len(self) - self.step):
             while len(self.pending) < self.world_size:  # so all processes choose at the same step
                 self.pending += self._choose()
             batches, self.pending = self.pending[:self.world_size], self.pending[self.world_size:]
             self.step += 1
+            if self.step == len(self):  # before the last batch is out: not every loop asks for one more
+                self._enter(self.epoch + 1)
             yield batches[self.rank]
-        self._begin(self.epoch + 1)
 
     def _choose(self) -> list[list[int]]:
         """The batches of the next window."""
-        B, least = self.batch_size, self.k if self.method == "osgd" else 1
+        B, n, least = self.batch_size, self.num_samples, self.k if self.method == "osgd" else 1
         if not self.random and len(self.rest) < least * B:
-            self.rest = torch.randperm(self.num_samples, generator=self.generator)
-            if self.embed is None:
+            self.rest = torch.randperm(n, generator=self.generator)
+            if self.method == "random" or self.epoch < self.random_epochs:
+                self.random = n // B
+            elif self.embed is None:
                 seen = self.seen.cpu()[self.rest]
                 self.rest = self.rest[seen.byte().argsort(stable=True)]  # those without an embedding first
-                self.random = min(math.ceil(int((~seen).sum()) / B), len(seen) // B)
-        count = min(self.random or self.k, self.k, len(self.rest) // B)
-        rows = self.rest[:count * B]
-        if not self.random:
-            if self.embed is None:
-                u, v = self.uv[rows.to(self.uv.device)].unbind(1)
-            else:
-                with torch.no_grad():
-                    parts = [self.embed(part) for part in rows.split(max(B, 256))]
-                if any(not isinstance(x, (tuple, list)) or len(x) != 2 for x in parts):
-                    raise ValueError(f"embed gave {type(parts[0]).__name__}; give (u, v), two tensors [m, d]")
-                u, v = (torch.cat([torch.as_tensor(x) for x in each]) for each in zip(*parts))
-                if len(u) != len(rows):
-                    raise ValueError(f"embed gave {len(u)} rows for {len(rows)} indices; give one for each, in order")
-            chosen = (osgd_batches(u, v, B, self.k, self.q, self.temperature, self.lowest, self.loss)
-                      if self.method == "osgd" else
-                      spectral_batches(u, v, B, count, self.temperature, self.generator, self.refine,
-                                       None if self.exclude is None else self.exclude[rows], self.ceiling, self.loss))
-            rows = rows[chosen.flatten().cpu()]
-        batches = [rows.view(-1, B).tolist()]
-        if self._distributed():
-            dist.broadcast_object_list(batches)
+                self.random = min(math.ceil(int((~seen).sum()) / B), n // B)
+            self.stale = self.at_once and not self.random
+        count, self.last = min(self.random or self.k, len(self.rest) // B), None
+        rows, local = self.rest[:count * B], torch.arange(count * B).view(-1, B)
+        if self.random:
+            batches = rows.view(-1, B)
+        else:
+            if self.method == "osgd-replacement":
+                draws = random_batches_with_replacement(self.k, n, B, self.generator)
+                (rows, local), count = draws.unique(return_inverse=True), 0
+            u, v = self._embeddings(rows)
+            batches, local = self._select(u, v, rows, local.to(u.device), count), rows[local]
+            self.last = u, v, rows, local, batches
+        shared = [batches.tolist()]
+        if _processes() > 1:
+            dist.broadcast_object_list(shared)
         self.rest, self.random = self.rest[count * B:], max(0, self.random - count)  # now: embed may be interrupted
-        return batches[0]
+        return shared[0]
 
-    def _distributed(self) -> bool:
-        return self.world_size > 1 and dist.is_available() and dist.is_initialized()
+    def _select(self, u: Tensor, v: Tensor, rows: Tensor, local: Tensor, count: int) -> Tensor:
+        """The batches [m, B] of samples, of the window `rows` [c] with embeddings u, v [c, d]."""
+        if self.method == "spectral":
+            exclude = None if self.exclude is None else self.exclude[rows]
+            chosen = spectral_batches(u, v, self.batch_size, count, self.temperature, self.generator, self.refine,
+                                      exclude, self.ceiling)
+        elif callable(self.method):
+            chosen = self.method(u, v, self.batch_size, count, self.temperature, self.generator)
+        else:
+            chosen = select_by_loss(u, v, local, self.q, self.temperature, self.lowest, self.loss)
+        return rows[chosen.cpu()]
+
+    def _embeddings(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """u, v [m, d] of the samples `rows` [m]."""
+        if self.stale:
+            self.uv, self.stale = torch.stack(self._embed(torch.arange(self.num_samples)), 1), False
+        if self.embed is None or self.at_once:
+            return self.uv[rows.to(self.uv.device)].unbind(1)
+        return self._embed(rows)
+
+    def _embed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        share = -(-len(rows) // _processes())
+        own = rows[(torch.arange(share) + share * (dist.get_rank() if _processes() > 1 else 0)) % len(rows)]
+        with torch.no_grad():
+            parts = [self.embed(part) for part in own.split(max(self.batch_size, 256))]
+        if any(not isinstance(x, (tuple, list)) or len(x) != 2 for x in parts):
+            raise ValueError(f"embed gave {type(parts[0]).__name__}; give (u, v), two tensors [m, d]")
+        u, v = (torch.cat([torch.as_tensor(x) for x in each]) for each in zip(*parts))
+        if len(u) != len(own):
+            raise ValueError(f"embed gave {len(u)} rows for {len(own)} indices; give one for each, in order")
+        return tuple(of_all_processes(x)[:len(rows)] for x in (u, v))
+
+    def window_losses(self) -> dict[str, Tensor] | None:
+        """Of the window that the last batch came from, on the embeddings it was chosen by: `chosen` [m], the losses of
+        its batches, `random` [c], of random ones of the same samples (of OSGD: those it chose from), and these
+        batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where the batches are random."""
+        if self.last is None:
+            return None
+        u, v, rows, local, batches = self.last
+        place = torch.empty(self.num_samples, dtype=torch.int64)
+        place[rows] = torch.arange(len(rows))
+        chosen, random = (batch_losses(u, v, place[x].to(u.device), self.temperature, self.loss) for x in (batches, local))
+        return {"chosen": chosen, "random": random, "chosen_rows": batches, "random_rows": local}
 
     def update(self, indices: Tensor | list[int], u: Tensor, v: Tensor) -> None:
         """Stores u, v [m, d] of the samples `indices` [m], on the device of u and without waiting for it.
 
-        With torch.distributed and world_size > 1 all processes call it, with the same m, and store what all gave.
+        Where torch.distributed runs several processes all call it, with the same m, and store what all gave.
         Raises ValueError for shapes that do not fit, a sampler with embed and, on the CPU, indices outside [0, n).
         """
         _check(u, v, self.temperature, read=False)
@@ -695,38 +680,51 @@ class ContrastiveBatchSampler(Sampler):
                              f"give m int64 indices and [m, {d}] embeddings")
         if indices.device.type == "cpu" and len(u) and not 0 <= indices.min() <= indices.max() < self.num_samples:
             raise ValueError(f"indices go from {indices.min()} to {indices.max()}; give 0 to {self.num_samples - 1}")
-        indices, uv = indices.to(u.device, non_blocking=True), torch.stack([u.detach(), v.detach()], 1).float()
-        if self._distributed():
-            of_all = [x.new_empty(dist.get_world_size() * len(x), *x.shape[1:]) for x in (indices, uv)]
-            for every, own in zip(of_all, (indices, uv)):
-                dist.all_gather_into_tensor(every, own)
-            indices, uv = of_all
-        if self.uv is None:
-            self.uv = torch.zeros(self.num_samples, 2, d, device=u.device)
-        self.uv, self.seen = self.uv.to(u.device), self.seen.to(u.device)
-        self.uv.index_copy_(0, indices, uv)
-        self.seen.index_fill_(0, indices, True)
+        with torch.inference_mode(False), torch.no_grad():
+            indices = of_all_processes(indices.to(u.device, non_blocking=True))
+            uv = of_all_processes(torch.stack([u.float(), v.float()], 1))
+            if self.uv is None:
+                self.uv = torch.zeros(self.num_samples, 2, d, dtype=torch.float32, device=u.device)
+            self.uv, self.seen = self.uv.to(u.device), self.seen.to(u.device)
+            self.uv.index_copy_(0, indices, uv)
+            self.seen.index_fill_(0, indices, True)
+
+    def _made(self) -> dict:
+        made = {name: getattr(self, name) for name in self.MADE} | {"embed": self.embed is not None}
+        return made | {"method": getattr(self.method, "__name__", self.method)}
 
     def state_dict(self) -> dict:
         """Where the epoch stands, and what update stored: after load_state_dict the rest follows exactly."""
-        return {"generator": self.generator.get_state(), "exclude": self.exclude, "embed": self.embed is not None
-                } | {name: copy.deepcopy(getattr(self, name)) for name in self.MADE + self.STATE}
+        state = {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
+        return state | self._made() | {"generator": self.generator.get_state(), "exclude": self.exclude}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where state_dict was called. Raises ValueError where the two samplers were made otherwise (MADE)."""
-        if missing := [name for name in (*self.MADE, *self.STATE, "generator", "exclude", "embed") if name not in state]:
+        """Goes on where state_dict was called. Raises ValueError where the samplers were made otherwise (MADE)."""
+        made = self._made()
+        if missing := [name for name in (*made, *self.STATE, "generator", "exclude") if name not in state]:
             raise ValueError(f"the state has no {', '.join(missing)}; give what state_dict of this class returned")
-        for name in self.MADE:
-            if state[name] != getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}; for this state make the sampler with {state[name]}")
-        if state["embed"] != (self.embed is not None):
+        if state["embed"] != made["embed"]:
             raise ValueError(f"for this state make the sampler {'with' if state['embed'] else 'without'} embed")
+        for name, value in made.items():
+            if state[name] != value:
+                raise ValueError(f"{name} is {value}; for this state make the sampler with {state[name]}")
         groups = [torch.empty(0) if x is None else x.cpu() for x in (self.exclude, state["exclude"])]
         if not torch.equal(*groups):
             raise ValueError("exclude is not that of this state; make the sampler with the same groups")
         for name in self.STATE:
             setattr(self, name, copy.deepcopy(state[name]))
         self.generator.set_state(state["generator"])
-        self.resumed = True
-        if self.step == len(self):
-            self._begin(self.epoch + 1)
+        self.loaded, self.last = True, None
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def of_all_processes(x: Tensor) -> Tensor:
+    """The rows of x [m, ...] of every process, one after another; each gives the same m."""
+    if _processes() == 1:
+        return x
+    every = x.new_empty(_processes() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(every, x.contiguous())
+    return every
