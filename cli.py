@@ -123,8 +123,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{device.type} is not supported")
-        torch.empty(1, device=device)
-        return device
+        return torch.empty(1, device=device).device  # with its number
     except (RuntimeError, AssertionError) as error:
         raise Stop(f"--device {name}: {str(error).splitlines()[0]}; give cpu, cuda or auto") from None
 

@@ -17,6 +17,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ LOSSES = ("nt_xent", "dcl", "infonce")
 MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
 # spectral_batches: the largest window that is solved whole, in rows or in batches, and the parts of larger ones.
 DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280
+_WORKER = ThreadPoolExecutor(1)  # chooses ahead, one window at a time
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -509,7 +511,9 @@ class ContrastiveBatchSampler(BatchSampler):
     - embed(indices [m]), without gradients, up to max(B, 256) samples a call; set the encoder to eval mode in it.
       Each window is embedded when its turn comes, or, at_once, all samples whenever a permutation is drawn; or
     - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come first,
-      in random batches: that is all of the first epoch. Without either function every batch is random.
+      in random batches: that is all of the first epoch. Without either function every batch is random. ahead: the
+      next window of a permutation is chosen on the CPU by a thread while the steps of this one run, which do not
+      touch its embeddings: the same batches, and a GPU need not wait for them.
     A new iteration after one that was begun, to its end or not, gives the next epoch.
     Where torch.distributed runs several processes they choose the same batches (rank 0's), embed a share each and
     share what update is given. Of the batches each of world_size processes takes every world_size-th; leave rank and
@@ -525,7 +529,7 @@ class ContrastiveBatchSampler(BatchSampler):
                  k: int | None = None, q: int | None = None, window: int | None = None, temperature: float = 0.1,
                  seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, lowest: bool = False,
                  exclude: Tensor | None = None, ceiling: float | None = None, rank: int = 0, world_size: int = 1,
-                 loss: str = "nt_xent", random_epochs: int = 0, at_once: bool = False):
+                 loss: str = "nt_xent", random_epochs: int = 0, at_once: bool = False, ahead: bool = False):
         _check_size(num_samples, batch_size)
         n, B = operator.index(num_samples), operator.index(batch_size)
         if window is not None:
@@ -556,6 +560,7 @@ class ContrastiveBatchSampler(BatchSampler):
         self.seed, self.random_epochs = _integer("seed", seed), _integer("random_epochs", random_epochs)
         self.embed, self.rank, self.world_size = embed, rank, world_size
         self.uv, self.last, self.stale, self.at_once = None, None, False, bool(at_once)
+        self.solved, self.ahead = None, ahead and embed is None and method != "osgd-replacement" and world_size == 1
         with torch.inference_mode(False):  # what is made inside it could not be written to in training
             self.seen = torch.zeros(n, dtype=torch.bool)
         self.generator = torch.Generator()
@@ -563,6 +568,7 @@ class ContrastiveBatchSampler(BatchSampler):
 
     def _begin(self, epoch: int) -> None:
         """The epoch's first batch comes next, of a new permutation."""
+        self._wait()
         self.rest, self.random = torch.empty(0, dtype=torch.int64), 0  # of a permutation; its first, random batches
         self.pending = []  # batches of the window
         self._enter(epoch)
@@ -608,30 +614,39 @@ class ContrastiveBatchSampler(BatchSampler):
         rows, local = self.rest[:count * B], torch.arange(count * B).view(-1, B)
         if self.random:
             batches = rows.view(-1, B)
+        elif self.solved:
+            batches, self.last = self._wait()
         else:
             if self.method == "osgd-replacement":
                 draws = random_batches_with_replacement(self.k, n, B, self.generator)
                 (rows, local), count = draws.unique(return_inverse=True), 0
-            u, v = self._embeddings(rows)
-            batches, local = self._select(u, v, rows, local.to(u.device), count), rows[local]
-            self.last = u, v, rows, local, batches
+            batches, self.last = self._solve(*self._embeddings(rows), rows, local)
         shared = [batches.tolist()]
         if _processes() > 1:
             dist.broadcast_object_list(shared)
         self.rest, self.random = self.rest[count * B:], max(0, self.random - count)  # now: embed may be interrupted
+        if self.ahead and not self.random and len(self.rest) >= least * B and self.uv is not None:
+            rows = self.rest[:min(self.k, len(self.rest) // B) * B]
+            self.before, local = self.generator.get_state(), torch.arange(len(rows)).view(-1, B)
+            self.solved = _WORKER.submit(self._solve, *(x.cpu() for x in self._embeddings(rows)), rows, local)
         return shared[0]
 
-    def _select(self, u: Tensor, v: Tensor, rows: Tensor, local: Tensor, count: int) -> Tensor:
-        """The batches [m, B] of samples, of the window `rows` [c] with embeddings u, v [c, d]."""
+    def _solve(self, u: Tensor, v: Tensor, rows: Tensor, local: Tensor) -> tuple[Tensor, tuple]:
+        """The batches [m, B] of the window `rows` [c] with embeddings u, v [c, d], and what window_losses needs."""
         if self.method == "spectral":
             exclude = None if self.exclude is None else self.exclude[rows]
-            chosen = spectral_batches(u, v, self.batch_size, count, self.temperature, self.generator, self.refine,
+            chosen = spectral_batches(u, v, self.batch_size, len(local), self.temperature, self.generator, self.refine,
                                       exclude, self.ceiling)
         elif callable(self.method):
-            chosen = self.method(u, v, self.batch_size, count, self.temperature, self.generator)
+            chosen = self.method(u, v, self.batch_size, len(local), self.temperature, self.generator)
         else:
             chosen = select_by_loss(u, v, local, self.q, self.temperature, self.lowest, self.loss)
-        return rows[chosen.cpu()]
+        return rows[chosen.cpu()], (u, v, rows, chosen, local)
+
+    def _wait(self) -> tuple[Tensor, tuple] | None:
+        """What was solved ahead; afterwards the generator is free."""
+        solved, self.solved = self.solved, None
+        return solved and solved.result()
 
     def _embeddings(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """u, v [m, d] of the samples `rows` [m]."""
@@ -659,11 +674,10 @@ class ContrastiveBatchSampler(BatchSampler):
         batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where the batches are random."""
         if self.last is None:
             return None
-        u, v, rows, local, batches = self.last
-        place = torch.empty(self.num_samples, dtype=torch.int64)
-        place[rows] = torch.arange(len(rows))
-        chosen, random = (batch_losses(u, v, place[x].to(u.device), self.temperature, self.loss) for x in (batches, local))
-        return {"chosen": chosen, "random": random, "chosen_rows": batches, "random_rows": local}
+        u, v, rows, *both = self.last
+        chosen, random = (batch_losses(u, v, x, self.temperature, self.loss) for x in both)
+        chosen_rows, random_rows = (rows[x.cpu()] for x in both)
+        return {"chosen": chosen, "random": random, "chosen_rows": chosen_rows, "random_rows": random_rows}
 
     def update(self, indices: Tensor | list[int], u: Tensor, v: Tensor) -> None:
         """Stores u, v [m, d] of the samples `indices` [m], on the device of u and without waiting for it.
@@ -696,7 +710,8 @@ class ContrastiveBatchSampler(BatchSampler):
     def state_dict(self) -> dict:
         """Where the epoch stands, and what update stored: after load_state_dict the rest follows exactly."""
         state = {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
-        return state | self._made() | {"generator": self.generator.get_state(), "exclude": self.exclude}
+        generator = self.before if self.solved else self.generator.get_state()
+        return state | self._made() | {"generator": generator, "exclude": self.exclude}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where state_dict was called. Raises ValueError where the samplers were made otherwise (MADE)."""
@@ -711,6 +726,7 @@ class ContrastiveBatchSampler(BatchSampler):
         groups = [torch.empty(0) if x is None else x.cpu() for x in (self.exclude, state["exclude"])]
         if not torch.equal(*groups):
             raise ValueError("exclude is not that of this state; make the sampler with the same groups")
+        self._wait()
         for name in self.STATE:
             setattr(self, name, copy.deepcopy(state[name]))
         self.generator.set_state(state["generator"])

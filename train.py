@@ -311,13 +311,14 @@ def agreed(caught: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def make_sampler(knobs: dict, n: int, embed_rows, rank: int, processes: int) -> ContrastiveBatchSampler:
+def make_sampler(knobs: dict, n: int, embed_rows, device: torch.device, rank: int,
+                 processes: int) -> ContrastiveBatchSampler:
     return ContrastiveBatchSampler(
         n, knobs["batch_size"], **SAMPLERS[knobs["sampler"]], k=knobs["k"], q=knobs["q"], lowest=knobs["lowest"],
         temperature=knobs["temperature"], loss="dcl" if knobs["objective"] == "dcl" else "nt_xent",
         seed=knobs["seed"], random_epochs=knobs["select_after"],
         embed=None if knobs["embeddings"] == "free" else embed_rows, at_once=knobs["embeddings"] == "list",
-        rank=rank, world_size=processes)
+        ahead=device.type == "cuda", rank=rank, world_size=processes)
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -337,7 +338,7 @@ def train(knobs: dict) -> None:
         tick(len(rows) * processes)
         return embed_images(step, knobs, images, rows, embedding)
 
-    sampler = make_sampler(knobs, n, embed_rows, rank, processes)
+    sampler = make_sampler(knobs, n, embed_rows, device, rank, processes)
     step = Step(knobs, images, device, sampler.update if knobs["embeddings"] == "free" else None)
     settings = {name: value for name, value in knobs.items() if name not in FREE_ON_RESUME}
     settings |= {"images": n, "digest": digest, "processes": processes}

@@ -1,0 +1,232 @@
+"""A training run's folder: who may write to it, its checkpoint, and its journal on the terminal, in log.jsonl and for
+TensorBoard. train.py is what runs.
+"""
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from cli import Stop, clock, expand, say, write_atomically
+
+
+def free_folder(out_dir: str, resume: bool) -> Path:
+    """The folder of a run; raises Stop, before minutes of decoding, where it cannot be trained in."""
+    folder = expand(out_dir)
+    checkpoint = folder / "checkpoint.pt"
+    try:
+        if (folder / "result.json").exists() and not checkpoint.exists():
+            raise Stop(f"{folder} holds a finished run without its checkpoint: give another --out-dir, or remove that "
+                       "folder")
+        if resume and not checkpoint.exists():
+            raise Stop(f"--resume: there is no checkpoint in {folder}; leave --resume out to start it, or give its "
+                       "--out-dir")
+        if not resume and checkpoint.exists():
+            raise Stop(f"{folder} holds a run already: add --resume to go on with it, or give another --out-dir")
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise OSError(errno.EACCES, f"{there} is not a folder that can be written")
+    except OSError as error:
+        raise Stop(f"--out-dir {folder}: {error.strerror}; give another folder") from None
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path, rank: int):
+    """The folder for this process alone, until it ends, however it ends; of several processes for the first."""
+    if rank:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Stop(f"another process is training in {folder}: let it end, or end it; or give another "
+                           "--out-dir") from None
+        (folder / "result.json").unlink(missing_ok=True)  # of a run that is now extended
+    except OSError as error:
+        raise Stop(f"--out-dir {folder}: {error.strerror}; give another folder") from None
+    with lock:
+        yield
+
+
+def read_checkpoint(folder: Path, settings: dict) -> dict:
+    """What a checkpoint holds; raises Stop where it is damaged or of a run with other settings."""
+    path = folder / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        there = saved["settings"]
+        differences = [f"{name}: {there.get(name)} there, {value} now" for name, value in settings.items()
+                       if there.get(name) != value]
+    except OSError as error:
+        raise Stop(f"--resume: {error.filename}: {error.strerror}") from None
+    except Exception as error:  # torch.load fails in many ways on a damaged file
+        raise Stop(f"--resume: {path} cannot be used ({type(error).__name__}): it is damaged or not of this program; "
+                   "give another --out-dir to start anew") from None
+    if differences:
+        raise Stop(f"--resume: {folder} was started with other settings ({'; '.join(differences)}); give those, or "
+                   "another --out-dir")
+    return saved
+
+
+@contextlib.contextmanager
+def signals_caught(caught: list[int]):
+    """`caught` gets the number of a signal that asks for an end; a second one ends the program at once."""
+    def on_signal(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    asking = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # the last two of cluster schedulers
+    before = {number: signal.signal(number, on_signal) for number in asking
+              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves SIGHUP
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Journal:
+    """What a run tells: lines on the terminal, log.jsonl, TensorBoard. Its `state` is part of the checkpoint.
+
+    images: of the training set.  epoch_steps: steps of an epoch.  rank: of the process; only the first one writes.
+    """
+
+    def __init__(self, folder: Path, knobs: dict, device: torch.device, images: int, epoch_steps: int, rank: int):
+        self.folder, self.knobs, self.device, self.rank = folder, knobs, device, rank
+        self.images, self.epoch_steps, self.total_steps = images, epoch_steps, knobs["epochs"] * epoch_steps
+        self.last_step = min(self.total_steps, knobs["max_steps"] or self.total_steps)
+        self.state = {"step": 0, "seconds_training": 0.0, "seconds_selecting": 0.0, "loss_sum": 0.0, "loss_count": 0,
+                      "chosen": [], "random": [], "log": []}
+
+    @contextlib.contextmanager
+    def open(self, record: dict):
+        """Writes config.json, and result.json in the end; raises Stop where the disk is full."""
+        if self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second: after all that can be refused
+            write_atomically(self.folder / "config.json", json.dumps(record, indent=1).encode())
+            self._write_log()
+            self.board = SummaryWriter(self.folder, purge_step=self.state["step"] + 1)
+        self.reported, self.seconds, self.estimated = self.state["step"], self.state["seconds_training"], False
+        self.began = self.ticked = time.perf_counter()
+        try:
+            yield
+        except OSError as error:  # TensorBoard's writer reports a full disk so
+            raise Stop(f"cannot write to {self.folder}: {error.strerror or error}; free some space and go on with "
+                       "--resume") from None
+        finally:
+            if self.rank == 0:
+                with contextlib.suppress(OSError):
+                    self.board.close()
+        if self.state["log"] and self.rank == 0:
+            result = {**self.state["log"][-1], **record}
+            write_atomically(self.folder / "result.json", json.dumps(result, indent=1).encode())
+
+    def resumed(self, record: dict) -> dict:
+        """The record of where the run began, with this process added to it."""
+        with contextlib.suppress(OSError, ValueError):
+            record = {**json.loads((self.folder / "config.json").read_text()), "now": record}
+        now = record.pop("now", record)
+        made_by = {name: now[name] for name in ("command", "commit", "device", "time", "versions")}
+        record["resumed"].append({"step": self.state["step"], **made_by})
+        return record
+
+    def say(self, line: str) -> None:
+        if self.rank == 0:
+            say(line)
+
+    def _write_log(self) -> None:
+        lines = "".join(json.dumps(line) + "\n" for line in self.state["log"])
+        write_atomically(self.folder / "log.jsonl", lines.encode())
+
+    def _scalars(self, **values: float) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name.replace("__", "/"), value, self.state["step"])
+
+    def tick(self, what: str = "") -> None:
+        """Adds the seconds since the last tick to `what`; on CUDA the work behind them is waited for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if what:
+            self.state[what] += now - self.ticked
+        self.ticked = now
+
+    @property
+    def epoch_ends(self) -> bool:
+        return self.state["step"] % self.epoch_steps == 0 or self.state["step"] == self.last_step
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a line: every --log-every steps, at an epoch's end, and once after five seconds."""
+        early = not self.estimated and time.perf_counter() - self.began > 5 and "WORLD_SIZE" not in os.environ
+        return early or self.epoch_ends or self.state["step"] - self.reported == self.knobs["log_every"]
+
+    def window(self, losses: dict[str, Tensor] | None, images: Tensor) -> None:
+        """Of a selection: the losses of chosen and of random batches, and once an epoch a picture of one of each."""
+        if losses is None or self.rank:
+            return
+        for kind in ("chosen", "random"):
+            self.board.add_histogram(f"batch_loss/{kind}", losses[kind].cpu(), self.state["step"])
+            mean = losses[kind].mean().item()
+            self._scalars(**{f"batch_loss_mean__{kind}": mean})
+            self.state[kind].append(mean)
+        if len(self.state["chosen"]) == 1:
+            hardest = losses["chosen_rows"][losses["chosen"].argmax().item()]
+            grids = [make_grid(images[rows.to(images.device)], nrow=8, pad_value=255)
+                     for rows in (hardest, losses["random_rows"][0])]
+            picture = torch.cat(grids, dim=2).cpu()
+            self.board.add_image("batches/hardest_left_random_right", picture, self.state["step"])
+
+    def report(self, losses: list[float], lr: float) -> None:
+        """A line on the steps since the last one. Raises Stop where a loss is not finite."""
+        state, step = self.state, self.state["step"]
+        for number, loss in enumerate(losses, step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise Stop(f"the loss is {loss} at step {number}: try a lower --lr, a higher --temperature or more "
+                           "--warmup-epochs", code=1)
+        self.tick("seconds_training")
+        if not losses:
+            return
+        state["loss_sum"], state["loss_count"] = state["loss_sum"] + sum(losses), state["loss_count"] + len(losses)
+        mean = sum(losses) / len(losses)
+        spent = state["seconds_training"] + state["seconds_selecting"]
+        rate = len(losses) * self.images / self.epoch_steps / max(state["seconds_training"] - self.seconds, 1e-9)
+        self.reported, self.seconds = step, state["seconds_training"]
+        left = spent / step * (self.last_step - step)
+        self.say(f"epoch {(step - 1) // self.epoch_steps + 1}/{self.knobs['epochs']} step {step}/{self.last_step} "
+                 f"loss {mean:.3f} lr {lr:.3f} {rate:.0f} images/s "
+                 f"selecting {state['seconds_selecting'] / spent:.0%} left {clock(left)}")
+        if not self.estimated and left > 86400:  # at 32 px a pixel costs more than at 224
+            small = left * min(1, (32 / self.knobs["image_size"]) ** 1.8) * min(1, 8192 / self.images)
+            self.say(f"the whole run takes {left / 86400:.0f} days here; --image-size 32 --limit 8192: about "
+                     f"{max(1, small / 3600):.0f} hours")
+        self.estimated = True
+        if self.rank == 0:
+            self._scalars(loss=mean, learning_rate=lr, images_per_second=rate,
+                          seconds__selecting=state["seconds_selecting"], seconds__training=state["seconds_training"])
+
+    def epoch(self, metrics: dict, images: int) -> None:
+        """The line of log.jsonl, of retrieval among so many validation images."""
+        state, epoch = self.state, self.state["step"] / self.epoch_steps
+        line = {"epoch": epoch, **{x: state[x] for x in ("step", "seconds_training", "seconds_selecting")},
+                "loss": state["loss_sum"] / state["loss_count"],
+                **{f"{kind}_loss": sum(state[kind]) / len(state[kind]) if state[kind] else None
+                   for kind in ("chosen", "random")},
+                **{x: (metrics[f"u2v_{x}"] + metrics[f"v2u_{x}"]) / 2 for x in ("R1", "R5")}}
+        state["log"].append(line)
+        state.update(loss_sum=0.0, loss_count=0, chosen=[], random=[])
+        self._write_log()
+        self._scalars(validation__R1=line["R1"], validation__R5=line["R5"])
+        self.say(f"epoch {epoch:g}: loss {line['loss']:.3f}, R@1 {line['R1']:.1%}, R@5 {line['R5']:.1%} of {images} "
+                 "validation images")
