@@ -35,10 +35,11 @@ class Stop(Exception):
         self.code = code
 
 
-def run(main: Callable[[list[str]], None], script: str, when_interrupted: str = "interrupted") -> int:
+def run(main: Callable[[list[str]], None], script: str, argv: list[str] | None = None,
+        when_interrupted: str = "interrupted") -> int:
     """The exit code of main(words of the command line); a Stop becomes one line."""
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if argv is None else argv)
     except Stop as stop:
         print(stop if stop.code > 2 else f"{script}: error: {stop}", file=sys.stderr)
         return stop.code

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -169,7 +170,7 @@ class Journal:
     @property
     def due(self) -> bool:
         """Whether it is time for a line: every --log-every steps, at an epoch's end, and once after five seconds."""
-        early = not self.estimated and time.perf_counter() - self.began > 5 and "WORLD_SIZE" not in os.environ
+        early = not self.estimated and time.perf_counter() - self.began > 5 and not dist.is_initialized()
         return early or self.epoch_ends or self.state["step"] - self.reported == self.knobs["log_every"]
 
     def window(self, losses: dict[str, Tensor] | None, images: Tensor) -> None:

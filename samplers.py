@@ -508,7 +508,7 @@ class ContrastiveBatchSampler(BatchSampler):
     the window [m, B].  By default k is 40, or n // B if that is less, and q a tenth of k; refine, exclude, ceiling,
     loss and temperature are those of spectral_batches and select_by_loss.  The first random_epochs are random.
     u, v [m, d], two views or two modalities, come from
-    - embed(indices [m]), without gradients, up to max(B, 256) samples a call; set the encoder to eval mode in it.
+    - embed(indices [m]), without gradients, up to embed_size samples a call; set the encoder to eval mode in it.
       Each window is embedded when its turn comes, or, at_once, all samples whenever a permutation is drawn; or
     - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come first,
       in random batches: that is all of the first epoch. Without either function every batch is random. ahead: the
@@ -529,7 +529,7 @@ class ContrastiveBatchSampler(BatchSampler):
                  k: int | None = None, q: int | None = None, window: int | None = None, temperature: float = 0.1,
                  seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, lowest: bool = False,
                  exclude: Tensor | None = None, ceiling: float | None = None, rank: int = 0, world_size: int = 1,
-                 loss: str = "nt_xent", random_epochs: int = 0, at_once: bool = False, ahead: bool = False):
+                 loss: str = "nt_xent", random_epochs: int = 0, at_once: bool = False, ahead: bool = False, embed_size: int = 256):
         _check_size(num_samples, batch_size)
         n, B = operator.index(num_samples), operator.index(batch_size)
         if window is not None:
@@ -558,7 +558,7 @@ class ContrastiveBatchSampler(BatchSampler):
         self.ceiling = None if ceiling is None else float(ceiling)
         self.exclude = _check_exclude(exclude, n, refine, B, k)
         self.seed, self.random_epochs = _integer("seed", seed), _integer("random_epochs", random_epochs)
-        self.embed, self.rank, self.world_size = embed, rank, world_size
+        self.embed, self.embed_size, self.rank, self.world_size = embed, _integer("embed_size", embed_size), rank, world_size
         self.uv, self.last, self.stale, self.at_once = None, None, False, bool(at_once)
         self.solved, self.ahead = None, ahead and embed is None and method != "osgd-replacement" and world_size == 1
         with torch.inference_mode(False):  # what is made inside it could not be written to in training
@@ -660,7 +660,7 @@ class ContrastiveBatchSampler(BatchSampler):
         share = -(-len(rows) // _processes())
         own = rows[(torch.arange(share) + share * (dist.get_rank() if _processes() > 1 else 0)) % len(rows)]
         with torch.no_grad():
-            parts = [self.embed(part) for part in own.split(max(self.batch_size, 256))]
+            parts = [self.embed(part) for part in own.split(self.embed_size)]
         if any(not isinstance(x, (tuple, list)) or len(x) != 2 for x in parts):
             raise ValueError(f"embed gave {type(parts[0]).__name__}; give (u, v), two tensors [m, d]")
         u, v = (torch.cat([torch.as_tensor(x) for x in each]) for each in zip(*parts))
@@ -741,6 +741,6 @@ def of_all_processes(x: Tensor) -> Tensor:
     """The rows of x [m, ...] of every process, one after another; each gives the same m."""
     if _processes() == 1:
         return x
-    every = x.new_empty(_processes() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(every, x.contiguous())
-    return every
+    every = [torch.empty_like(x) for _ in range(_processes())]
+    dist.all_gather(every, x.contiguous())
+    return torch.cat(every)

@@ -224,6 +224,11 @@ class Step:
         self.place.zero_()
         return (losses / self.processes).tolist()
 
+    def share_buffers(self) -> None:
+        """Every process gets batch norm's running statistics of the first: it alone saves, all of them embed."""
+        for buffer in self.model.buffers() if self.processes > 1 else ():
+            dist.broadcast(buffer, 0)
+
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "sogclr": self.sogclr.state_dict()}
@@ -281,13 +286,13 @@ def load_images(knobs: dict, device: torch.device) -> tuple[Tensor, Tensor, str]
     return images, val_images, digest
 
 
-def embed_images(step: Step, knobs: dict, pictures: Tensor, rows: Tensor, generator: torch.Generator,
-                 on_chunk=None) -> tuple[Tensor, Tensor]:
+def embed_images(step: Step, knobs: dict, pictures: Tensor, rows: Tensor,
+                 generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Projections u, v [m, D] of two fresh views of pictures[rows], with the weights of the moment."""
     views = views_of(pictures, generator, knobs["image_size"], knobs["crop_scale"], knobs["jitter"],
                      *data.STATISTICS[knobs["dataset"]], step.device)
     with step.autocast():
-        u, v = embed(step.model, views, rows, on_chunk=on_chunk)
+        u, v = embed(step.model, views, rows, chunk=1024 if step.device.type == "cuda" else 256)
     if not (u.isfinite().all() and v.isfinite().all()):
         raise Stop("the embeddings are not finite: try a lower --lr, a higher --temperature or more --warmup-epochs",
                    code=1)
@@ -313,12 +318,13 @@ def agreed(caught: bool, device: torch.device) -> bool:
 
 def make_sampler(knobs: dict, n: int, embed_rows, device: torch.device, rank: int,
                  processes: int) -> ContrastiveBatchSampler:
+    cuda = device.type == "cuda"
     return ContrastiveBatchSampler(
         n, knobs["batch_size"], **SAMPLERS[knobs["sampler"]], k=knobs["k"], q=knobs["q"], lowest=knobs["lowest"],
         temperature=knobs["temperature"], loss="dcl" if knobs["objective"] == "dcl" else "nt_xent",
         seed=knobs["seed"], random_epochs=knobs["select_after"],
         embed=None if knobs["embeddings"] == "free" else embed_rows, at_once=knobs["embeddings"] == "list",
-        ahead=device.type == "cuda", rank=rank, world_size=processes)
+        ahead=cuda, embed_size=1024 if cuda else 256, rank=rank, world_size=processes)
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -364,6 +370,7 @@ def train(knobs: dict) -> None:
             # choose
             if chooses := len(sampler.pending) < processes:
                 journal.tick("seconds_training")
+                step.share_buffers()
                 before = embedding.get_state()
                 tick = progress("embedding to select", n if sampler.at_once else min(n, sampler.k * b), "images", True)
             try:
@@ -404,5 +411,9 @@ def train(knobs: dict) -> None:
             raise Stop(f"\nsaved at step {state['step']}; go on with: {command}", code=128 + (caught or [15])[0])
 
 
+def main(argv: list[str]) -> None:
+    train(settle(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(run(lambda argv: train(settle(argv)), "train.py"))
+    sys.exit(run(main, "train.py"))
