@@ -2,13 +2,14 @@
 
     python bench.py samplers     # prints all of them in one table
 
-Every function takes embeddings u, v [n, d] of n pairs (any scale, any device; rows are scaled to length 1
-here, so that inner products are cosines) and returns int64 row numbers [n // B, B] on the device of u, the
-same ones for the same state of `generator` (None: torch's global one); B is batch_size. No row is in two
-batches (batch_sampler alone makes no such partition); the last n % B rows are in none. All work on the CPU.
-ValueErrors as in samplers.py.
+Every method takes embeddings u, v [n, d] of n pairs (any scale, any device; rows are scaled to length 1 here,
+so that inner products are cosines) and returns int64 row numbers [n // B, B], B = batch_size, on the device
+of u, the same ones for the same state of `generator` (None: torch's global one). No row is in two batches;
+the last n % B rows are in none. All work on the CPU. ValueErrors as in samplers.py.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from torch import Generator, Tensor
 
+import samplers
 from samplers import _check, _check_k, _check_size, spectral_affinity
 
 
@@ -80,45 +82,6 @@ def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -
     graph = coo_array((torch.ones(len(edges)).numpy(), edges.T.numpy()), (n, n)).tocsr()
     order = reverse_cuthill_mckee(graph + graph.T, symmetric_mode=True)
     return torch.from_numpy(order.astype("int64")).view(-1, batch_size).to(u.device)
-
-
-def batch_sampler(u: Tensor, v: Tensor, batch_size: int, candidates: int = 1000, neighbours: int = 100,
-                  restart: float = 0.1, generator: Generator | None = None) -> Tensor:
-    """BatchSampler: each batch is what one random walk with restart meets on a proximity graph; no partition.
-
-    Yang et al., "BatchSampler: Sampling Mini-Batches for Contrastive Learning in Vision, Language, and
-    Graphs", KDD 2023.  A row's out-neighbours are the `neighbours` nearest (u_i.u_j + v_i.v_j) of
-    `candidates` random other rows, or of all.  The walks are independent: a row is in any number of batches,
-    in each at most once.  The defaults are those of the released main.py, which lowers restart to 0.05 over
-    the epochs.
-    """
-    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
-    if not batch_size - 1 <= neighbours <= candidates:  # with fewer a walk may never meet B rows
-        raise ValueError(f"neighbours is {neighbours} of {candidates} candidates with batches of "
-                         f"{batch_size}; give neighbours from batch_size - 1 = {batch_size - 1} to candidates")
-    if not 0 <= restart < 1:
-        raise ValueError(f"restart is {restart}; give a probability from 0 to below 1, for instance 0.1")
-    near = _nearest_of_random(torch.cat([unit_u, unit_v], 1), candidates, neighbours, generator)
-    start = _rand(generator, n).argsort()[:n // batch_size]
-    batches = start[:, None].repeat(1, batch_size)  # places still free hold the start
-    here, count = start, torch.ones_like(start)
-    while (count < batch_size).any():
-        jump, turn = _rand(generator, 2, len(start))
-        here = torch.where(jump < restart, start, near[here, (turn * near.shape[1]).long()])
-        new = ((batches != here[:, None]).all(1) & (count < batch_size)).nonzero().squeeze(1)
-        batches[new, count[new]] = here[new]
-        count[new] += 1
-    return batches.to(u.device)
-
-
-def _nearest_of_random(x: Tensor, candidates: int, neighbours: int, generator: Generator | None) -> Tensor:
-    """Of random other rows, drawn for each row of x [n, d], the nearest, [n, neighbours], nearest first."""
-    near = []
-    for rows, s in _similarities(x, x):
-        draw = _rand(generator, *s.shape).masked_fill_(s == -torch.inf, -1)
-        drawn = draw.topk(min(candidates, len(x) - 1)).indices
-        near.append(drawn.gather(1, s.gather(1, drawn).topk(min(neighbours, drawn.shape[1])).indices))
-    return torch.cat(near)
 
 
 def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
@@ -216,3 +179,34 @@ def greedy_groups(u: Tensor, v: Tensor, batch_size: int, generator: Generator | 
     x = F.normalize(unit_u + unit_v, dim=1)
     label = torch.cdist(x, _kmeans(x, n // batch_size, generator)).argmin(1)
     return label.argsort(stable=True).view(-1, batch_size).to(u.device)
+
+
+def choosers(size: int, k: int, temperature: float, file_order: bool, labelled: bool,
+             other: ModuleType | None = None) -> dict[str, Callable]:
+    """By name all that chooses batches from a window: (u, v, class ids or None, generator) -> batches [m,
+    size].
+
+    file_order, labelled: with what only makes sense where rows have a meaningful order, or class ids. other:
+    a second samplers.py, to compare with the first.
+    """
+    def spectral(module: ModuleType = samplers, **options) -> Callable:
+        return lambda u, v, y, g: module.spectral_batches(u, v, size, k, temperature, g, **options)
+    refined, q = partial(spectral, refine=True), max(1, k // 10)
+    random = samplers.random_batches  # whose mean loss all others are compared with: of twenty draws
+    methods = {"random": lambda u, v, y, g: torch.cat([random(len(u), size, g) for _ in range(20)])}
+    if file_order:
+        methods["in file order"] = lambda u, v, y, g: torch.arange(k * size).view(k, size)
+    methods |= {
+        "osgd, q = k/10": lambda u, v, y, g: samplers.osgd_batches(u, v, size, k, q, temperature),
+        "GCBS": lambda u, v, y, g: gcbs(u, v, size),
+        "released spectral": lambda u, v, y, g: released_spectral(u, v, size, k, temperature, g),
+        "B3": lambda u, v, y, g: b3(u, v, size, generator=g),
+        "B3, no rank skipped": lambda u, v, y, g: b3(u, v, size, ranks=(0, 100), generator=g),
+        "k-means, then fill": lambda u, v, y, g: greedy_groups(u, v, size, g),
+        "spectral": spectral(), "refined": refined()}
+    if other:
+        methods |= {"spectral, against": spectral(other), "refined, against": refined(other)}
+    if labelled:
+        methods["refined, exclude=labels"] = lambda u, v, y, g: refined(exclude=y)(u, v, y, g)
+        methods |= {f"refined, ceiling={x}": refined(ceiling=x) for x in (0.999, 0.99)}
+    return methods
