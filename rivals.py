@@ -170,17 +170,6 @@ def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator
     return part.argsort(stable=True).view(-1, size)
 
 
-def greedy_groups(u: Tensor, v: Tensor, batch_size: int, generator: Generator | None = None) -> Tensor:
-    """The first thing to try: k-means of u + v with n // B centres; cluster after cluster cut into batches.
-
-    As in NGAME (Dahiya et al., WSDM 2023) batches are made of clusters, which may have any size here.
-    """
-    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
-    x = F.normalize(unit_u + unit_v, dim=1)
-    label = torch.cdist(x, _kmeans(x, n // batch_size, generator)).argmin(1)
-    return label.argsort(stable=True).view(-1, batch_size).to(u.device)
-
-
 def choosers(size: int, k: int, temperature: float, file_order: bool, labelled: bool,
              other: ModuleType | None = None) -> dict[str, Callable]:
     """By name all that chooses batches from a window: (u, v, class ids or None, generator) -> batches [m,
@@ -202,7 +191,6 @@ def choosers(size: int, k: int, temperature: float, file_order: bool, labelled: 
         "released spectral": lambda u, v, y, g: released_spectral(u, v, size, k, temperature, g),
         "B3": lambda u, v, y, g: b3(u, v, size, generator=g),
         "B3, no rank skipped": lambda u, v, y, g: b3(u, v, size, ranks=(0, 100), generator=g),
-        "k-means, then fill": lambda u, v, y, g: greedy_groups(u, v, size, g),
         "spectral": spectral(), "refined": refined()}
     if other:
         methods |= {"spectral, against": spectral(other), "refined, against": refined(other)}
