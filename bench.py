@@ -155,18 +155,20 @@ def training_step(size: int, batch_size: int, mode: str, device: torch.device) -
     return step, trained.model
 
 
-def measure_step(size: int, batch_size: int, mode: str, device: torch.device) -> dict:
-    """Time, operations and arithmetic of a step. On a CPU each round is about a second of steps."""
-    step, model = training_step(size, batch_size, mode, device)
+def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
+    """Time, operations and arithmetic of a step, beside the product of the matrix a [n, n] with itself."""
+    step, model = training_step(size, batch_size, mode, a.device)
     with Operations() if mode != "compile" else contextlib.nullcontext() as counter:
         step()  # under the counter a compiled network would run as it was before
-    calls = 50 if device.type == "cuda" else max(1, round(1 / seconds(step, rounds=1)[0]))
-    (took,) = seconds(step, calls=calls)
+    # On a CPU about a second of steps a round.
+    calls = 50 if a.device.type == "cuda" else max(1, round(1 / seconds(step, rounds=1)[0]))
+    took, product = seconds(step, lambda: a @ a, calls=calls)
     with FlopCounterMode(display=False) as flops:  # by shapes alone
         views = torch.zeros(2 * batch_size, 3, size, size, device="meta")
         copy.deepcopy(model).to("meta")(views).sum().backward()
+    rate, best = flops.get_total_flops() / took / 1e12, 2 * len(a)**3 / product / 1e12
     return {"ms": 1000 * took, "images/s": batch_size / took, "operations": counter and counter.count,
-            "TFLOP/s": flops.get_total_flops() / took / 1e12}
+            "TFLOP/s": rate, "of_product": rate / best, "product_TFLOP/s": best}
 
 
 def paper_hours(ms: dict[int, float]) -> dict[str, float]:
@@ -187,16 +189,14 @@ def bench_step(sizes: list[int] | None, out: Path | None = None, batch_sizes: tu
         train.settle(["--image-size", str(size)])  # refuses one now, not after the others
     side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a = torch.randn(side, side, device=device, dtype=dtype)
-    product = 2 * side**3 / seconds(lambda: a @ a, calls=20 if cuda else 1)[0] / 1e12
-    record = {"experiment": "step", **cli.provenance(device), "product_TFLOP/s": product, "steps": []}
+    record = {"experiment": "step", **cli.provenance(device), "product": f"{side}^3, {dtype}", "steps": []}
     print(f"train.py's step on two views of each of B images, {record['device']}\n"
-          f"share: of {product:.3g} TFLOP/s, a product of {side} x {side} matrices in {dtype}")
+          f"product: of two {side} x {side} matrices in {dtype}, in turns with the steps")
     modes = {mode: {} for mode in (("eager", "graph", "compile") if cuda else ("eager",))}
     for mode, size, batch_size in itertools.product(modes, sizes, batch_sizes):
         row = {"step": mode, "pixels": size, "B": batch_size}
         try:
-            row |= measure_step(size, batch_size, mode, device)
-            row["share"] = row["TFLOP/s"] / product
+            row |= measure_step(size, batch_size, mode, a)
             modes[mode] |= {size: row["ms"]} if batch_size == 32 else {}
         except RuntimeError as error:  # too little memory, no compiler: the other rows still count
             if not cuda:
@@ -321,10 +321,10 @@ def bench_samplers(source: str, sets: dict[str, tuple], pairs: list[int], size: 
     window = k * size
     record = {"experiment": "samplers", "embeddings": source, "batch_size": size, "k": k,
               "temperature": temperature, **cli.provenance(device), "samplers": [], "growth": []}
-    print(f"embeddings: {source}; {record['device']}\nwindows of k={k} batches of B={size}, 3 seeds' median\n"
-          "excess: of mean loss over random batches; relative: to that of the released method; both over batches\n"
-          "in file order too; same class: share of a batch's pairs; of eigh: of torch.linalg.eigh of a window in\n"
-          "float64; MB: most memory in use, less that before")
+    print(f"embeddings: {source}; {record['device']}\n"
+          f"windows of k={k} batches of B={size}, 3 seeds' median; excess: mean loss over random batches';\n"
+          "relative: to the released method's; both over batches in file order too; same class: of\n"
+          "pairs in a batch; of eigh: torch.linalg.eigh of a window; MB: most in use, less that before")
     for name, arrays in sets.items():
         u, v, labels = (x if x is None else x.to(device) for x in arrays)
         parts = [[x if x is None else x[i:i + window] for x in (u, v, labels)]
@@ -456,7 +456,7 @@ def bench_retrieval(d: int = 128) -> None:
         race(f"{n:,} pairs", "queries", {
             "sort and search each row": (sort, 200), "retrieval_metrics": (metrics, 2 * n)},
             rounds=3 if n == 10_000 else 1)
-        print(f"MB that retrieval_metrics takes: {peak(metrics)[1]}")
+        show({"": "retrieval_metrics", "MB": peak(metrics)[1]}, heading=True)
 
 
 # ---------------------------------------------------------------------- the command line

@@ -56,22 +56,23 @@ made = []
 
 def test_step_says_time_and_arithmetic(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_step", SmallStep, raising=False)
-    monkeypatch.setattr(bench, "seconds", lambda *functions, **options: [0.5 for function in functions])
+    def seconds(*functions, **options) -> list[float]:
+        return [made[-1].knobs["batch_size"] / 64] * len(functions)
+    monkeypatch.setattr(bench, "seconds", seconds)
     bench.main(["step", "--image-size", "32", "64", "--out", str(tmp_path / "new/step.json")])
     record, printed = json.loads((tmp_path / "new/step.json").read_text()), capsys.readouterr().out
     shapes = [(row["pixels"], row["B"]) for row in record["steps"]]
     assert shapes == [(32, 32), (32, 128), (64, 32), (64, 128)]
-    product = record["product_TFLOP/s"]
-    assert product == 2 * 2048**3 / 0.5 / 1e12
     for row, small in zip(record["steps"], made):
         B, (rows, uniform) = row["B"], small.given
         assert small.knobs["image_size"] == row["pixels"] and small.knobs["step"] == "eager"
         assert rows.unique().numel() == B and rows.max() < len(small.images)
         assert uniform.shape == (2 * B, bench.NUM_UNIFORM) and 0 <= uniform.min() <= uniform.max() < 1
-        assert row["ms"] == 500 and row["images/s"] == 2 * B and row["operations"] == 3
+        assert row["ms"] == 1000 * B / 64 and row["images/s"] == 64 and row["operations"] == 3
         forward = 2 * B * row["pixels"]**2 * 4 * 2 * 3 * 9  # backward: the kernel's gradient, as much
-        assert row["TFLOP/s"] == pytest.approx(2 * forward / 0.5 / 1e12)
-        assert row["share"] == pytest.approx(row["TFLOP/s"] / product)
+        assert row["TFLOP/s"] == pytest.approx(2 * forward / (B / 64) / 1e12)
+        assert row["product_TFLOP/s"] == pytest.approx(2 * 2048**3 / (B / 64) / 1e12)
+        assert row["of_product"] == pytest.approx(forward / 2048**3)
     assert record["paper_hours"]["eager"] == {"own size": pytest.approx((937_200 + 1_875_000) * 0.5 / 3600)}
     assert "own size" in printed and "images/s" in printed and {"commit", "device"} <= record.keys()
 
@@ -127,6 +128,7 @@ def refused(argv: list[str], *words: str) -> None:
 @pytest.mark.parametrize("arrays, words", [
     (None, ["cannot be read", "NAME_u"]), ({}, ["it has none"]), ({"x": np.ones((3, 2))}, ["(x)", "NAME_u"]),
     ({"a_u": np.ones((3, 2))}, ["a_u is without a_v"]),
+    ({"u": np.full(3, None)}, ["cannot be read (ValueError)"]),  # a pickle, which could run anything
     ({"u": np.ones((3, 2)), "v": np.ones((4, 2))}, ["u is (3, 2)", "v is (4, 2)"]),
     ({"u": np.ones((3, 2)), "v": np.ones((3, 2)), "labels": np.ones(2)}, ["labels is (2,)"]),
     ({"u": np.ones((3, 2)), "v": np.ones((3, 2))}, ["3 pairs", "1,280"])])
