@@ -321,10 +321,10 @@ def bench_samplers(source: str, sets: dict[str, tuple], pairs: list[int], size: 
     window = k * size
     record = {"experiment": "samplers", "embeddings": source, "batch_size": size, "k": k,
               "temperature": temperature, **cli.provenance(device), "samplers": [], "growth": []}
-    print(f"embeddings: {source}; {record['device']}\n"
-          f"windows of k={k} batches of B={size}, 3 seeds' median; excess: mean loss over random batches';\n"
-          "relative: to the released method's; both over batches in file order too; same class: of\n"
-          "pairs in a batch; of eigh: torch.linalg.eigh of a window; MB: most in use, less that before")
+    print(f"embeddings: {source}; {record['device']}\nwindows of k={k} batches of B={size}; loss: mean of "
+          "batches, median of 3 seeds; excess: beyond random batches;\nrelative: in excesses of the released "
+          "method; both again beyond batches in file order; same class: share\nof the pairs in a batch; of eigh: "
+          "ms in those of a torch.linalg.eigh; MB: most memory, less that before")
     for name, arrays in sets.items():
         u, v, labels = (x if x is None else x.to(device) for x in arrays)
         parts = [[x if x is None else x[i:i + window] for x in (u, v, labels)]
