@@ -323,8 +323,8 @@ def bench_samplers(source: str, sets: dict[str, tuple], pairs: list[int], size: 
               "temperature": temperature, **cli.provenance(device), "samplers": [], "growth": []}
     print(f"embeddings: {source}; {record['device']}\nwindows of k={k} batches of B={size}; loss: mean of "
           "batches, median of 3 seeds; excess: beyond random batches;\nrelative: in excesses of the released "
-          "method; both again beyond batches in file order; same class: share\nof the pairs in a batch; of eigh: "
-          "ms in those of a torch.linalg.eigh; MB: most memory, less that before")
+          "method; both again beyond batches in file order; same class: share\nof the pairs in a batch; of "
+          "eigh: ms in those of a torch.linalg.eigh; MB: most memory, less that before")
     for name, arrays in sets.items():
         u, v, labels = (x if x is None else x.to(device) for x in arrays)
         parts = [[x if x is None else x[i:i + window] for x in (u, v, labels)]
