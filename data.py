@@ -238,8 +238,8 @@ def cifar100_source(path: Path, split: str):
 
 def grey(image: Image.Image) -> Image.Image:
     """8 bits of a grey image of more; Pillow's own conversion cuts off at 255. White is the end of the range:
-    of 12 or 16 bits where the file says so, else the least of 1 (floats), 255 and the ends of 16, 31 and 32 bits
-    that holds all values. Where none does, or all were black in it, the range is the values' own."""
+    of 12 or 16 bits where the file says so, else the least of 1 (floats), 255 and the ends of 16, 31 and 32
+    bits that holds all values. Where none does, or all were black in it, the range is the values' own."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "I" and tags and np.ravel(tags.get(339, 1))[0] == 1:  # an unsigned TIFF, read as signed
         values = values.view(np.uint32)
@@ -258,7 +258,7 @@ def grey(image: Image.Image) -> Image.Image:
 
 
 def decode(data: bytes | np.ndarray, size: int) -> np.ndarray:
-    """uint8 [3, size, size] of an image file's bytes or of [H, W, 3]: upright, the centre square, antialiased;
+    """uint8 [3, size, size] of an image file's bytes or of [H, W, 3]: upright, the centre square, smoothed;
     of an animation the first frame; transparency on white; grey of more than 8 bits as in grey()."""
     image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
     image.draft(None, (2 * size, 2 * size))  # JPEG: read at 1/2, 1/4 or 1/8, no smaller than this
@@ -418,9 +418,10 @@ def load(dataset: str, split: str, data_dir: str | Path, *, source_size: int | N
         # By where the data are, seen from the cache: a folder can be moved with its cache.
         place = digest((os.path.relpath(path, folder), made_from if dataset == "deadleaves" else None))[:12]
         stems.append(folder / f"{dataset}-{split}-{size}px-{place}-{digest(key)[:12]}")
-        for left in folder.glob("*.tmp"):  # by a process that was killed long ago
-            if time.time() - left.stat().st_mtime > 86400:
-                shutil.rmtree(left, ignore_errors=True)
+        for left in folder.glob("*.tmp"):  # by a process that was killed more than a day ago
+            with contextlib.suppress(OSError):  # it may have just gone
+                if time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left)
     found = next(filter(None, (open_cache(stem, key) for stem in stems)), None)
     if not found:
         stem = next((stem for stem in stems if writable(stem.parent)), None)
