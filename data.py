@@ -281,14 +281,13 @@ def decode(data: bytes | np.ndarray, size: int) -> np.ndarray:
 # <stem>.images.npy, <stem>.labels.npy and, put there last, <stem>.json. The stem names the content: whoever
 # else writes there writes the same.
 
-def open_cache(stem: Path, key: dict) -> tuple[np.ndarray, np.ndarray, list] | None:
-    """(images, labels, broken files) of a cache that is whole and made with this key; otherwise None."""
+def open_cache(stem: Path, size: int) -> tuple[np.ndarray, np.ndarray, list] | None:
+    """(images, labels, broken files) of a cache that is whole; otherwise None."""
     try:
-        record = json.loads(Path(f"{stem}.json").read_bytes())
+        broken = json.loads(Path(f"{stem}.json").read_bytes())["broken"]
         images, labels = np.load(f"{stem}.images.npy", mmap_mode="r"), np.load(f"{stem}.labels.npy")
-        shape = (len(labels), 3, key["size"], key["size"])
-        fits = (images.shape, images.dtype, labels.dtype) == (shape, np.uint8, np.int64)
-        return (images, labels, record["broken"]) if fits and record["key"] == key else None
+        fits = images.shape == (len(labels), 3, size, size)
+        return (images, labels, broken) if fits else None
     except Exception:  # none is there, or it is damaged in one of many ways: it is made anew
         return None
 
@@ -422,14 +421,14 @@ def load(dataset: str, split: str, data_dir: str | Path, *, source_size: int | N
             with contextlib.suppress(OSError):  # it may have just gone
                 if time.time() - left.stat().st_mtime > 86400:
                     shutil.rmtree(left)
-    found = next(filter(None, (open_cache(stem, key) for stem in stems)), None)
+    found = next(filter(None, (open_cache(stem, size) for stem in stems)), None)
     if not found:
         stem = next((stem for stem in stems if writable(stem.parent)), None)
         if not stem:
             raise OSError(f"neither {stems[0].parent} nor {elsewhere} can be written: set XDG_CACHE_HOME to "
                           "a folder that can")
         write_cache(stem, key, *read(), skip_broken)
-        found = open_cache(stem, key)
+        found = open_cache(stem, size)
         if not found:
             raise OSError(f"{stem}.* has gone, as the data change while they are read: start again")
     images, labels, broken = found
