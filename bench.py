@@ -2,11 +2,7 @@
 
     python bench.py samplers [--run FOLDER | --embeddings FILE.npz]   hardness, time, memory, also of rivals
     python bench.py step [--image-size 224]   train.py's step: time, arithmetic; hours of the paper's runs
-    python bench.py losses                    scores of batches against a bare matrix product
     python bench.py augment                   against torchvision's transforms, image by image
-    python bench.py synthetic                 runs of theory.py at once, against a loop with autograd
-    python bench.py data                      decoding JPEGs into the cache, and the second start
-    python bench.py retrieval                 metrics against sorting and searching each row; their memory
 
 The samplers work on embeddings of training images of a finished run (FOLDER), of a short one made for it, or
 of FILE.npz: arrays [n, d] named NAME_u and NAME_v, or u and v, and class ids [n], NAME_labels, if there are.
@@ -18,22 +14,18 @@ import copy
 import ctypes
 import gc
 import importlib.util
-import io
 import itertools
 import json
-import shutil
 import signal
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,13 +36,11 @@ import data
 import retrieval
 import rivals
 import samplers
-import theory
 import train
 from augment import MEAN, NUM_UNIFORM, STD, augment, views_of
 from cli import Stop
-from deadleaves import deadleaves
-from model import embed, infonce
-from samplers import all_batches, batch_losses, random_batches
+from model import embed
+from samplers import batch_losses
 
 CPU = torch.device("cpu")
 HEADINGS = {"over_file_order": "file o.", "relative_to_file_order": "relative"}  # too long for a table
@@ -145,13 +135,14 @@ def training_step(size: int, batch_size: int, mode: str, device: torch.device) -
     words = ["--sampler", "random", "--image-size", str(size), "--batch-size", str(batch_size)]
     side = min(size, 64)  # before augmentation, as in the paper's data sets
     images = torch.randint(256, (1024, 3, side, side), dtype=torch.uint8, device=device)
-    trained = train.make_step(train.settle(words) | {"step": mode}, images, device)
+    trained = train.Step(train.settle([*words, "--step", mode]), images, device)
     rows, uniform = torch.randperm(len(images))[:batch_size], torch.rand(2 * batch_size, NUM_UNIFORM)
-    step = partial(trained.step, rows, uniform, 0.01)
-    for _ in range(3):
+
+    def step() -> None:
+        trained.place.zero_()  # of the losses, which nobody reads here
+        trained(rows, uniform, 0.01)
+    for _ in range(train.WARM + 1):  # the last one captures
         step()
-    if mode == "graph":
-        trained.capture()
     return step, trained.model
 
 
@@ -367,17 +358,6 @@ def save(record: dict, out: Path | None) -> None:
 
 
 # ---------------------------------------------------------------------- the rest
-def bench_losses() -> None:
-    """Scores of all B-subsets of 20 pairs, and of a partition of many."""
-    for n, size, d in (20, 4, 16), (20, 4, 40), (20, 4, 128), (48_000, 32, 128):
-        u, v = torch.randn(2, n, d)
-        batches = all_batches(n, size) if n <= 20 else random_batches(n, size)
-        views = torch.randn(len(batches), 2 * size, d)
-        race(f"{len(batches):,} batches of {size}, {d} dimensions", "batches", {
-            "matrix product": (lambda: views @ views.mT, len(batches)),
-            "batch_losses": (lambda: batch_losses(u, v, batches), len(batches))}, rounds=15)
-
-
 def bench_augment() -> None:
     """One step's batch (two views of 32 images) and a large one."""
     from torchvision.transforms import v2
@@ -392,71 +372,6 @@ def bench_augment() -> None:
         race(f"{count:,} images of {side} px", "images", {
             "torchvision, one by one": (lambda: torch.stack([pipeline(image) for image in images[:64]]), 64),
             "augment": (lambda: augment(images, side, g), count)}, rounds=rounds)
-
-
-def bench_synthetic(runs: int = 32, steps: int = 50) -> None:
-    """Steps of as many runs on one thread."""
-    batches, threads = all_batches(8, 2), torch.get_num_threads()
-
-    def loop() -> None:  # one run, one step
-        u, v = (x[0].requires_grad_() for x in theory.start(1, 8, 16, 0))
-        loss = sum(infonce(u[rows], v[rows]) for rows in batches) / len(batches)
-        for x, gradient in zip((u, v), torch.autograd.grad(loss, (u, v))):
-            F.normalize(x.detach() - 0.5 * gradient, dim=1)
-
-    def batched() -> None:
-        u, v = theory.start(runs, 8, 16, 0)
-        for _ in range(steps):
-            theory.descend(u, v, batches, 0.5)
-    torch.set_num_threads(1)  # as synthetic.py does
-    race("all 28 batches of N = 8, B = 2; float64", "seed-steps", {
-        "loop with autograd": (loop, 1), f"theory.py, {runs} at once": (batched, runs * steps)}, rounds=9)
-    torch.set_num_threads(threads)
-
-
-def bench_data(count: int = 20_000) -> None:
-    """A zip in Tiny ImageNet's layout."""
-    from PIL import Image
-    jpegs = []
-    for image in deadleaves("train", 512, 0, size=64)[0]:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream := io.BytesIO(), "JPEG", quality=90)
-        jpegs.append(stream.getvalue())
-    with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(Path(folder, "tiny-imagenet-200.zip"), "w") as archive:
-            notes = "val_0.JPEG\tn00000000\t0\t0\t1\t1\n"
-            files = {"val/images/val_0.JPEG": jpegs[0], "val/val_annotations.txt": notes}
-            files |= {f"train/n{i % 200:08}/images/n_{i}.JPEG": jpegs[i % 512] for i in range(count)}
-            for name, content in files.items():
-                archive.writestr(f"tiny-imagenet-200/{name}", content)
-
-        def alone() -> None:
-            for i in range(count):
-                np.asarray(Image.open(io.BytesIO(jpegs[i % 512])).convert("RGB"))
-
-        def start(anew: bool) -> None:
-            for cache in filter(Path.is_dir, Path(folder).iterdir()) if anew else ():
-                shutil.rmtree(cache)
-            data.load("tinyimagenet", "train", folder)
-        race(f"{count:,} JPEGs of 64 px", "images", {
-            "Pillow, one thread": (alone, count), "first start, with a cache": (lambda: start(True), count),
-            "second start": (lambda: start(False), count)}, rounds=3)
-
-
-def bench_retrieval(d: int = 128) -> None:
-    """Ranks of partners in both directions; sorting is timed on a hundred rows of each."""
-    for n in 10_000, 100_000:
-        u, v = clustered(n, d)
-        x, y = (F.normalize(x, dim=1) for x in (u, v))
-
-        def sort(rows: int = 100) -> None:
-            for query, gallery in ((x, y), (y, x)):
-                for i, s in enumerate(query[:rows] @ gallery.T):
-                    (s.argsort(descending=True) == i).nonzero()
-        metrics = partial(retrieval.retrieval_metrics, u, v)
-        race(f"{n:,} pairs", "queries", {
-            "sort and search each row": (sort, 200), "retrieval_metrics": (metrics, 2 * n)},
-            rounds=3 if n == 10_000 else 1)
-        show({"": "retrieval_metrics", "MB": peak(metrics)[1]}, heading=True)
 
 
 # ---------------------------------------------------------------------- the command line
