@@ -103,7 +103,7 @@ def test_tiny_imagenet_zip_and_unpacked_are_the_same(tmp_path):
     given = [tmp_path / "unpacked", root]
     for method, name, prefix in zip(
             METHODS,
-            ("official/tiny-imagenet-200.zip", "half/tiny-imagenet-200-half.zip", "any/name.zip", "deep/x.zip"),
+            ("official/tiny-imagenet-200.zip", "half/tiny-imagenet-200-half.zip", "any/a.zip", "deep/x.zip"),
             ("tiny-imagenet-200/", "tiny-imagenet-200/", "", "a/b/")):
         zip_folder(root, tmp_path / name, prefix, method)
         given.append((tmp_path / name).parent if name.startswith(("official", "half")) else tmp_path / name)
