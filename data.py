@@ -111,33 +111,35 @@ def folder_source(path: Path, split: str):
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(6))
         say(f"{path}: {others.total():,} files left out that Pillow reads no images from ({kinds})")
 
-    names = [name for name, _, _ in images]
-    folders = {name: name.split("/")[:-1] for name in names}
-    shared = os.path.commonprefix(list(folders.values()))
-    above = list(itertools.takewhile(lambda part: part.lower() not in sum(SPLITS.values(), ()), shared))
-    there = {f.name.lower(): f.name for f in sorted(path.joinpath(*above).iterdir()) if f.is_dir()}
-    begin = {key: next(("/".join([*above, there[word], ""]) for word in words if word in there), None)
-             for key, words in SPLITS.items()}
-    if all(begin.values()):
-        names = [name for name in names if name.startswith(tuple(begin.values()))]
-        folders = {name: folders[name][len(above) + 1:] for name in names}
-        if len(names) < len(images):
-            outside = len(images) - len(names)
-            say(f"{path}: {outside:,} images left out that are outside {' and '.join(begin.values())}")
-        chosen = [name for name in names if name.startswith(begin[split])]
-    else:
-        score = {name: zlib.crc32(os.fsencode(name)) for name in names}
-        held = [name for name in names if score[name] % 10 == 0] or sorted(names, key=score.get)[:1]
-        held = set(held[:max(1, len(names) - 1)])  # one at least is left to train on
-        chosen = [name for name in names if (name in held) == (split == "val")]
-    if not chosen:
-        raise ValueError(f"{path} holds no image for the {split} split: give at least two images, or one in "
-                         "train/ and one in val/")
-    depth = len(os.path.commonprefix(list(folders.values())))
-    tops = {name: "".join(folders[name][depth:depth + 1]) for name in names}
-    classes = {top: i for i, top in enumerate(sorted(set(tops.values())))}
-    labels = [classes[tops[name]] for name in chosen]
-    return path, digest(images), lambda: (chosen, labels, lambda i: (path / chosen[i]).read_bytes())
+    def read():
+        names = [name for name, _, _ in images]
+        folders = {name: name.split("/")[:-1] for name in names}
+        shared = os.path.commonprefix(list(folders.values()))
+        above = list(itertools.takewhile(lambda part: part.lower() not in sum(SPLITS.values(), ()), shared))
+        there = {f.name.lower(): f.name for f in sorted(path.joinpath(*above).iterdir()) if f.is_dir()}
+        begin = {key: next(("/".join([*above, there[word], ""]) for word in words if word in there), None)
+                 for key, words in SPLITS.items()}
+        if all(begin.values()):
+            names = [name for name in names if name.startswith(tuple(begin.values()))]
+            folders = {name: folders[name][len(above) + 1:] for name in names}
+            if len(names) < len(images):
+                outside = len(images) - len(names)
+                say(f"{path}: {outside:,} images left out that are outside {' and '.join(begin.values())}")
+            chosen = [name for name in names if name.startswith(begin[split])]
+        else:
+            score = {name: zlib.crc32(os.fsencode(name)) for name in names}
+            held = [name for name in names if score[name] % 10 == 0] or sorted(names, key=score.get)[:1]
+            held = set(held[:max(1, len(names) - 1)])  # one at least is left to train on
+            chosen = [name for name in names if (name in held) == (split == "val")]
+        if not chosen:
+            raise ValueError(f"{path} holds no image for the {split} split: give at least two images, or one "
+                             "in train/ and one in val/")
+        depth = len(os.path.commonprefix(list(folders.values())))
+        tops = {name: "".join(folders[name][depth:depth + 1]) for name in names}
+        classes = {top: i for i, top in enumerate(sorted(set(tops.values())))}
+        labels = [classes[tops[name]] for name in chosen]
+        return chosen, labels, lambda i: (path / chosen[i]).read_bytes()
+    return path, digest(images), read
 
 
 def open_zip(path: Path):

@@ -41,8 +41,8 @@ def deadleaves(split: str, num_images: int, seed: int, size: int = 32,
     A class is a palette, a shape, a smallest radius, a stretch, a common direction, stripes. Labels go round
     the classes. The splits train and val share a seed's classes and differ in the images. The bytes are the
     same everywhere: leaves are drawn in float64 and rounded to coarse steps; pixels see only single
-    additions, products, square roots and roundings, which IEEE 754 fixes to the bit; what is summed, in any order, are
-    whole numbers below 2^24. Raises ValueError for another split, or a number below 1.
+    additions, products, square roots and roundings, which IEEE 754 fixes to the bit; what is summed, in any
+    order, are whole numbers below 2^24. Raises ValueError for another split, or a number below 1.
     """
     if split not in ("train", "val") or min(num_images, size, num_classes) < 1:
         raise ValueError(f"give split train or val, and num_images, size and num_classes of at least 1, not "

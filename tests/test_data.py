@@ -24,6 +24,7 @@ from PIL import Image, features
 import data
 
 WNIDS = "n02", "n01", "n03"
+METHODS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA
 RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 200, 30), (30, 30, 200), (255, 255, 255)
 DARK, LIGHT = (60,) * 3, (180,) * 3
 
@@ -38,11 +39,12 @@ def alone(monkeypatch, tmp_path):
 
 
 def pattern(seed, size=64):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size))
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(colours).resize((size, size))
 
 
 def make_tiny(folder, per_class=3, per_val=4):
-    """An unpacked tiny-imagenet-200 in `folder`; returns {relative path: RGB array} as Pillow alone decodes it."""
+    """An unpacked tiny-imagenet-200; returns {relative path: RGB array} as Pillow alone decodes it."""
     root, expected = folder / "tiny-imagenet-200", {}
     names = [f"train/{w}/images/{w}_{i}.JPEG" for w in WNIDS for i in range(per_class)]
     names += [f"val/images/val_{i}.JPEG" for i in range(per_val)]
@@ -99,10 +101,10 @@ def full_disk(*args):
 def test_tiny_imagenet_zip_and_unpacked_are_the_same(tmp_path):
     expected, root = make_tiny(tmp_path / "unpacked"), tmp_path / "unpacked/tiny-imagenet-200"
     given = [tmp_path / "unpacked", root]
-    for name, prefix, method in (
-            ("official/tiny-imagenet-200.zip", "tiny-imagenet-200/", zipfile.ZIP_STORED),
-            ("half/tiny-imagenet-200-half.zip", "tiny-imagenet-200/", zipfile.ZIP_DEFLATED),
-            ("any/name.zip", "", zipfile.ZIP_BZIP2), ("deep/x.zip", "a/b/", zipfile.ZIP_LZMA)):
+    for method, name, prefix in zip(
+            METHODS,
+            ("official/tiny-imagenet-200.zip", "half/tiny-imagenet-200-half.zip", "any/a.zip", "deep/x.zip"),
+            ("tiny-imagenet-200/", "tiny-imagenet-200/", "", "a/b/")):
         zip_folder(root, tmp_path / name, prefix, method)
         given.append((tmp_path / name).parent if name.startswith(("official", "half")) else tmp_path / name)
     for split, labels in (("train", [0, 0, 0, 1, 1, 1, 2, 2, 2]), ("val", [1, 0, 2, 1])):
@@ -137,18 +139,18 @@ def test_tiny_imagenet_bad_archives(tmp_path):
     refused(FileNotFoundError, "there is no .*nothing.zip", "tinyimagenet", "train", tmp_path / "nothing.zip")
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("method", METHODS)
 def test_damaged_members_of_a_zip_are_named(tmp_path, method):
     make_tiny(tmp_path)
     good, bad = tmp_path / "good.zip", tmp_path / "bad.zip"
     zip_folder(tmp_path / "tiny-imagenet-200", good, method=method)
     for name, damage, words in (("train/n01/images/n01_2.JPEG", 60, "image .*n01_2.JPEG.*--skip-broken"),
                                 ("train/n01/images/n01_2.JPEG", -40, "image .*n01_2.JPEG.*--skip-broken"),
-                                ("val/val_annotations.txt", 10, "val_annotations.txt is damaged .*: get http")):
+                                ("val/val_annotations.txt", 10, "annotations.txt is damaged .*: get http")):
         content = bytearray(good.read_bytes())
         with zipfile.ZipFile(good) as z:
             member = z.getinfo("tiny-imagenet-200/" + name)
-        at = member.header_offset + (30 + len(member.filename) + damage if damage > 0 else 0)  # content, or header
+        at = member.header_offset + (30 + len(member.filename) + damage if damage > 0 else 0)  # or its header
         content[at] ^= 0xff
         bad.write_bytes(content)
         refused(ValueError, words, "tinyimagenet", "train", bad)
@@ -161,7 +163,7 @@ def test_a_zip_damaged_anywhere_is_refused_in_a_line(tmp_path):
     zip_folder(tmp_path / "tiny-imagenet-200", tmp_path / "good.zip")
     good, bad = (tmp_path / "good.zip").read_bytes(), tmp_path / "bad.zip"
     first, kinds = good.index(b"PK\1\2"), set()
-    for at in (*range(first, first + 50), *range(len(good) - 22, len(good))):  # a member's entry, the end of the list
+    for at in (*range(first, first + 50), *range(len(good) - 22, len(good))):  # an entry, the end
         bad.write_bytes(good[:at] + bytes([good[at] ^ 0x81]) + good[at + 1:])
         try:
             data.load("tinyimagenet", "val", bad)
@@ -180,10 +182,10 @@ def test_tiny_imagenet_download(tmp_path, monkeypatch):
     served = lambda url, timeout: (asked.append(url), open(tmp_path / "served.zip", "rb"))[1]
     monkeypatch.setattr(urllib.request, "urlopen", served)
     refused(OSError, "bytes came instead of 248,100,043", "tinyimagenet", "train", tmp_path / "new")
-    assert [f.name for f in (tmp_path / "new").rglob("*")] == [".cache-minibatch"]  # nothing half-fetched stays
+    assert [f.name for f in (tmp_path / "new").rglob("*")] == [".cache-minibatch"]  # no part stays
     size = (tmp_path / "served.zip").stat().st_size
     monkeypatch.setattr(data, "TINY_BYTES", size)
-    monkeypatch.setattr(data.cli, "progress", lambda what, total, unit: lambda done: ticks.append((done, total, unit)))
+    monkeypatch.setattr(data.cli, "progress", lambda _, *total: lambda done: ticks.append((done, *total)))
     assert len(data.load("tinyimagenet", "train", tmp_path / "new")[0]) == 9
     assert (size / 1e6, size / 1e6, "MB") in ticks and (9, 9, "images") in ticks
     assert len(data.load("tinyimagenet", "val", tmp_path / "new")[0]) == 4 and asked == [data.TINY_URL] * 2
@@ -196,7 +198,8 @@ def test_cifar100(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for name, n in (("train", 20), ("test", 10), ("meta", 0)):
         pixels[name] = np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8)
-        content = {"data": pixels[name], "fine_labels": [i % 7 for i in range(n)], "fine_label_names": ["x"] * 7}
+        labels = [i % 7 for i in range(n)]
+        content = {"data": pixels[name], "fine_labels": labels, "fine_label_names": ["x"] * 7}
         (folder / name).write_bytes(pickle.dumps(content, 2))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     refused(ValueError, "damaged", "cifar100", "train", folder.parent)  # not the official checksums
@@ -239,20 +242,24 @@ def odd_images():
     tall.paste(BLUE, (0, 0, 64, 32))
     wide = Image.new("RGB", (200, 50), GREEN)
     wide.paste(halves(size=(50, 50)), (75, 0))
-    best, frames = dict(quality=95, subsampling=0), dict(save_all=True, append_images=[Image.new("P", (64, 64))])
+    best = dict(quality=95, subsampling=0)
+    frames = dict(save_all=True, append_images=[Image.new("P", (64, 64))])
     cases = {
         "a.jpg": (halves(), best), "b.PNG": (halves(), {}), "c.webp": (halves(), dict(lossless=True)),
-        "d.bmp": (halves(), {}), "e.gif": (palette, frames), "f.tiff": (halves(), {}), "f.ppm": (halves(), {}),
+        "d.bmp": (halves(), {}), "e.gif": (palette, frames), "f.tiff": (halves(), {}),
+        "f.ppm": (halves(), {}),
         "f.jp2": (halves(), {}), "f.TGA": (halves(), {}), "f.pcx": (halves(), {}), "f.ico": (halves(), {}),
         "f.mpo": (halves(), dict(best, save_all=True, append_images=[halves()])), "k.png": (palette, {}),
         "g.png": (halves("L", 60, 180), {}, DARK, LIGHT), "h.JPEG": (halves("L", 60, 180), {}, DARK, LIGHT),
         "h.pgm": (halves("L", 60, 180), {}, DARK, LIGHT), "i.png": (rgba, {}, RED, WHITE),
         "j.webp": (rgba, dict(lossless=True), RED, WHITE), "l.png": (with_hole, {}, WHITE, BLUE),
-        "m.png": (halves("LA", (60, 255), (60, 0)), {}, DARK, WHITE), "n.png": (halves("1", 0, 1), {}, (0,) * 3, WHITE),
+        "m.png": (halves("LA", (60, 255), (60, 0)), {}, DARK, WHITE),
+        "n.png": (halves("1", 0, 1), {}, (0,) * 3, WHITE),
         "q.jpg": (halves("CMYK", (0, 255, 255, 0), (255, 255, 0, 0)), best, (255, 0, 0), (0, 0, 255)),
         "r.jpg": (halves(), dict(best, exif=turned), BLUE, RED), "s.jpg": (tall, dict(best, exif=quarter)),
         "t.png": (halves(), dict(exif=turned), BLUE, RED), "t.tif": (halves(), dict(exif=turned), BLUE, RED),
-        "t.webp": (halves(), dict(exif=turned, lossless=True), BLUE, RED), "u.png": (wide, {}), "ü b.png": (halves(), {}),
+        "t.webp": (halves(), dict(exif=turned, lossless=True), BLUE, RED),
+        "u.png": (wide, {}), "ü b.png": (halves(), {}),
         "v.jpg": (halves(size=(1000, 900)), best), "w.png": (halves(size=(32, 24)), {}),
         "wrong-name.jpg": (halves(), dict(format="PNG"))}
     if features.check("avif"):
@@ -265,8 +272,9 @@ def odd_images():
             ("int-31.tif", np.int32, 60 / 255 * (2**31 - 1), 180 / 255 * (2**31 - 1))):
         cases[name] = (numbers(dtype, left, right), {}, DARK, LIGHT)
     cases["unsigned.tif"] = (numbers(np.int32, 60 << 24, (180 << 24) - 2**32), {}, DARK, LIGHT)
-    for name, dtype, left, right in (("negative.tif", np.float32, -3, 7), ("nan.tif", np.float32, np.nan, 255),
-                                     ("few.tif", np.int32, 100_000, 200_000)):
+    for name, dtype, left, right in (
+            ("negative.tif", np.float32, -3, 7), ("nan.tif", np.float32, np.nan, 255),
+            ("few.tif", np.int32, 100_000, 200_000)):
         cases[name] = (numbers(dtype, left, right), {}, (0,) * 3, WHITE)
     return {name: case + (RED, BLUE) * (len(case) == 2) for name, case in cases.items()}
 
@@ -320,7 +328,7 @@ def test_broken_images(tmp_path, capsys, monkeypatch):
     assert np.array_equal(x[4].permute(1, 2, 0), pattern(1))
     refused(ValueError, "cut.jpg", "folder", "train", tmp_path)  # what others skipped is not skipped for all
     with monkeypatch.context() as m:
-        m.setattr(sys, "stderr", SimpleNamespace(write=full_disk, flush=full_disk))  # lost output costs no run
+        m.setattr(sys, "stderr", SimpleNamespace(write=full_disk, flush=full_disk))  # costs no run
         assert len(data.load("folder", "train", tmp_path, skip_broken=True)[0]) == 12
     for f in (tmp_path / "val").rglob("*.png"):
         f.write_bytes(b"")
@@ -342,7 +350,8 @@ def test_folder_layouts(tmp_path, capsys):
     assert val == ["c0/27.png", "c1/13.png", "c1/52.png", "c2/2.png", "c2/59.png"]  # on every machine
     assert [f"c{label}" for label in labels + val_labels] == [name[:2] for name in train + val]
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"{photos}: 4 files left out that Pillow reads no images from (2 .heic, 1 without suffix, 1 .txt)"]
+    assert lines == [f"{photos}: 4 files left out that Pillow reads no images from "
+                     "(2 .heic, 1 without suffix, 1 .txt)"]
     pattern(99).save(photos / "c0/extra.png")  # a new file moves none between the splits
     assert set(names_of(photos, "val")) - {"c0/extra.png"} == set(val)
 
@@ -356,8 +365,9 @@ def test_folder_layouts(tmp_path, capsys):
     assert [len(data.load("folder", s, tmp_path / "pair")[0]) for s in ("train", "val")] == [1, 1]
 
 
-@pytest.mark.parametrize("train, val", [("train", "validation"), ("Train", "Test"), ("training", "valid"),
-                                        ("TRAIN", "VAL"), ("deep/train", "deep/val"), ("Training", "Testing")])
+@pytest.mark.parametrize("train, val", [
+    ("train", "validation"), ("Train", "Test"), ("training", "valid"), ("TRAIN", "VAL"),
+    ("deep/train", "deep/val"), ("Training", "Testing")])
 def test_split_folders(tmp_path, capsys, train, val):
     for folder in (f"{train}/a", f"{train}/b", f"{val}/b", "other"):  # class ids are of both splits
         if "/" not in train or folder != "other":
@@ -390,7 +400,7 @@ def test_second_load_decodes_nothing(tmp_path, monkeypatch):
     second = data.load("folder", "train", str(photos))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     mapped = [line for line in open("/proc/self/maps") if f"{photos}/.cache-minibatch/" in line]
-    assert mapped and all(" r--s " in line for line in mapped)  # not read into memory, nor copied when touched
+    assert mapped and all(" r--s " in line for line in mapped)  # not read, nor copied
     os.rename(photos, tmp_path / "moved")  # a folder can be moved with its cache
     assert torch.equal(data.load("folder", "train", tmp_path / "moved")[0], first[0])
 
@@ -405,7 +415,8 @@ def test_deadleaves_is_cached_by_its_parameters(tmp_path, monkeypatch):
     for _ in range(2):
         for split, n, seed in (("train", 7, 0), ("val", 5, 0), ("train", 7, 1)):
             x, y = data.load("deadleaves", split, tmp_path / "new", num_images=n, seed=seed)
-            assert x.shape == (n, 3, 32, 32) and (x == 10 * seed + n).all() and y.tolist() == [i % 3 for i in range(n)]
+            assert x.shape == (n, 3, 32, 32) and (x == 10 * seed + n).all()
+            assert y.tolist() == [i % 3 for i in range(n)]
     assert asked == [("train", 7, 0, 32), ("val", 5, 0, 32), ("train", 7, 1, 32)]
 
 
@@ -436,7 +447,7 @@ def test_damaged_and_stale_caches_are_rebuilt(tmp_path, monkeypatch):
     for i in range(60, 70):
         pattern(i).save(photos / f"c0/{i}.png")
     assert len(rebuilt()) > len(good)
-    os.rename(photos / "c2/2.png", photos / "c2/2a.png")  # the same place in the order, but not the same split
+    os.rename(photos / "c2/2.png", photos / "c2/2a.png")  # in the same place, but not the same split
     rebuilt()
     os.utime(photos / "c2/2a.png", ns=(2, 2))
     rebuilt()
@@ -465,7 +476,7 @@ def test_another_process_fills_the_same_cache_meanwhile(tmp_path, monkeypatch, c
     photos, results, replace = make_photos(tmp_path / "p"), [], os.replace
 
     def interrupted(source, target):
-        if Path(target).name.endswith("labels.npy") and not results:  # the images of this one are there already
+        if Path(target).name.endswith("labels.npy") and not results:  # the images are in place
             results.append(None)
             if changed:
                 pattern(0).save(photos / "c0/0.png", compress_level=0)
@@ -487,8 +498,8 @@ def start(folder, nap):
         data.decode = lambda *a: (time.sleep({nap}), decode(*a))[1]
         x, y = data.load("folder", "train", {str(folder)!r}, source_size=16)
         print(len(x), int(x.long().sum()), int(y.sum()))"""
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=Path(data.__file__).parent)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(data.__file__).parent, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_killed_and_concurrent_processes(tmp_path):
@@ -548,16 +559,19 @@ def test_full_disk(tmp_path, monkeypatch):
         m.setattr(os, "fsync", full_disk)
         refused(OSError, "the disk of .* is full", "folder", "train", photos, source_size=32)
     monkeypatch.setattr(data, "decode", lambda *a: pytest.fail("decoded again"))
-    assert cached(photos) == sorted(ONE_CACHE) and torch.equal(data.load("folder", "train", photos)[0], before)
+    assert cached(photos) == sorted(ONE_CACHE)
+    assert torch.equal(data.load("folder", "train", photos)[0], before)
 
 
-# ---------------------------------------------------------------------------------------- bad input and the rest
+# ------------------------------------------------------------------------------------ bad input and the rest
 
 @pytest.mark.parametrize("dataset, split, folder, words", [
     ("cifar10", "train", ".", "unknown data set 'cifar10'; did you mean cifar100"),
-    ("xyz", "train", ".", "allowed: deadleaves, cifar100"), ("folder", "vall", ".", "unknown split 'vall'; .*val"),
+    ("xyz", "train", ".", "allowed: deadleaves, cifar100"),
+    ("folder", "vall", ".", "unknown split 'vall'; .*val"),
     ("folder", "train", "gone", "there is no folder .*gone"), ("folder", "train", "empty", "empty is empty"),
-    ("folder", "train", "texts", "holds no images .*png"), ("folder", "train", "one", "no image for the train split"),
+    ("folder", "train", "texts", "holds no images .*png"),
+    ("folder", "train", "one", "no image for the train split"),
     ("cifar100", "train", "texts/a.txt", "is a file: give a folder"),
     ("tinyimagenet", "val", "texts/a.txt", "not a complete zip")])
 def test_bad_input(tmp_path, dataset, split, folder, words):
