@@ -1,6 +1,6 @@
 """Runs compared: groups of seeds, differences with intervals over seeds and images, cost along training.
 
-    python compare.py results/runs.json.gz                    # tables and figure of recorded runs, no training
+    python compare.py results/runs.json.gz                   # tables and figure of recorded runs, no training
     python compare.py results/runs.json.gz --baseline "random, batch-size 128" --target 0.5 --out elsewhere
 
 The files come from retrieval.py --export, which compares runs by the same functions.
@@ -25,14 +25,14 @@ from cli import Stop
 KNOBS = {
     "baseline": (None, str, "group that the others are compared with, by its name in the table (default: "
                  "random batches, simclr)"),
-    "target": (None, "float > 0 < 1", "R@1 to reach, between 0 and 1 (default: the baseline's mean at its end)"),
+    "target": (None, "float > 0 < 1", "R@1 to reach, between 0 and 1 (default: what the baseline ends at)"),
     "out": ("results", str, "folder of what is written"),
 }
 NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "linear": "linear probe",
          "knn": "20 nearest neighbours", **{f"severity_{s}": f"R@1, severity {s}" for s in range(1, 6)},
          "R1_inner_product": "R@1, inner product"}
-NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "compile", "step", "resume", "max_steps", "log_every",
-                "checkpoint_minutes"}
+NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "compile", "step", "resume", "max_steps",
+                "log_every", "checkpoint_minutes"}
 SAME_VIEWS = ("dataset", "source_size", "image_size", "crop_scale", "jitter", "skip_broken")
 KINDS = {"seed": int, "batch_size": int, "image_size": int, "limit": (int, type(None)), "sampler": str,
          "objective": str} | dict.fromkeys(SAME_VIEWS, object)  # of the knobs that are needed
@@ -41,15 +41,15 @@ DRAWS = 20_000  # of seeds, for ratios
 FEWEST = 20  # images that a verdict takes
 
 
-# ------------------------------------------------------------------------------------------ runs and files
+# -------------------------------------------------------------------------------- runs and files
 class Run(NamedTuple):
     folder: Path
     knobs: dict      # of config.json
     made_by: dict    # result.json: commit, device, versions and more
     log: list[dict]  # a line an epoch
-    # By title of a table: images, their number; images_digest; values, by score in 0 to 1 of each image [images] or
-    # the mean alone [1], the first being what runs are judged by, of an image the mean of `parts` zeros and ones;
-    # scores, means and standard errors of these and more.
+    # By title of a table: images, their number; images_digest; values, by score in 0 to 1 of each image
+    # [images] or the mean alone [1], the first being what runs are judged by, of an image the mean of
+    # `parts` zeros and ones; scores, means and standard errors of these and more.
     scores: dict[str, dict] = {}
 
 
@@ -62,30 +62,31 @@ def checked(run: Run) -> Run:
 
 
 def read_runs(words: list[str]) -> list[Run]:
-    """The finished runs in these folders; a word that is no folder may be a pattern with * ? [. Raises Stop."""
+    """The finished runs in these folders; a word that is no folder may be a pattern with * ? [. Raises Stop.
+    Folders that are called .old-... are those of former code: no pattern takes them."""
     if not words:
         raise Stop("name the folders of finished runs, for example: python retrieval.py runs/quick-*")
     folders, runs = {}, []
     for word in words:
         found = [str(cli.expand(word))]
         if glob.has_magic(word) and not Path(found[0]).is_dir():
-            found = [x for x in sorted(glob.glob(found[0])) if Path(x).is_dir() and ".old-" not in Path(x).name]
+            found = [x for x in sorted(glob.glob(found[0])) if ".old-" not in x and Path(x).is_dir()]
         if not found:
             raise Stop(f"{word} matches no folder: give folders that hold a result.json")
         folders |= {Path(x).resolve(): Path(x) for x in found}
     for folder in folders.values():
         try:
-            config, made_by, log = ((folder / x).read_text() for x in ("config.json", "result.json", "log.jsonl"))
-            runs.append(checked(Run(folder, json.loads(config)["knobs"], json.loads(made_by),
-                                    [json.loads(line) for line in log.splitlines()])))
+            config, made_by = (json.loads((folder / x).read_text()) for x in ("config.json", "result.json"))
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            runs.append(checked(Run(folder, config["knobs"], made_by, log)))
             if not isinstance(runs[-1].knobs["data_dir"], str):
                 raise ValueError
         except OSError:
-            raise Stop(f"no finished run in {folder}: give folders that hold a result.json, or finish the run "
-                       "with train.py --resume") from None
+            raise Stop(f"no finished run in {folder}: give folders that hold a result.json, or finish the "
+                       "run with train.py --resume") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise Stop(f"{folder}: its config.json, result.json or log.jsonl is not of train.py or damaged: leave "
-                       "it out") from None
+            raise Stop(f"{folder}: its config.json, result.json or log.jsonl is not of train.py or damaged: "
+                       "leave it out") from None
     return runs
 
 
@@ -113,17 +114,18 @@ def read_file(path: Path) -> list[Run]:
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise Stop(f"{path}: {error.strerror}; give a file that retrieval.py --export wrote") from None
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        raise Stop(f"{path} is damaged or not of retrieval.py --export: give another, or write it again") from None
+        raise Stop(f"{path} is damaged or not of retrieval.py --export: give another one") from None
 
 
-# ------------------------------------------------------------------------------------------ groups
+# -------------------------------------------------------------------------------- groups
 def group_runs(runs: list[Run]) -> dict[str, list[int]]:
     """Positions of the runs that differ in seed alone, by the knobs in which groups differ. Raises Stop."""
     for run in runs:
         for name in SAME_VIEWS:
-            if run.knobs[name] != runs[0].knobs[name]:
-                raise Stop(f"{runs[0].folder} has {name} {runs[0].knobs[name]} and {run.folder} {run.knobs[name]}: "
-                           "they see other views, so give them apart")
+            one, other = runs[0].knobs[name], run.knobs[name]
+            if one != other:
+                raise Stop(f"{runs[0].folder} has {name} {one} and {run.folder} {other}: they see other "
+                           "views, so give them apart")
     # What a run of an older commit has no word of counts as absent; a run may have been stopped or extended.
     knobs = [{name: x for name, x in {**run.knobs, "steps": run.log[-1]["step"]}.items()
               if name not in NOT_COMPARED and x not in (None, False)} for run in runs]
@@ -150,7 +152,7 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
 
 
 def baseline_first(groups: dict[str, list[int]], runs: list[Run], name: str | None) -> dict[str, list[int]]:
-    """The groups, first the one that others are compared with: as named, or random with NT-Xent. Raises Stop."""
+    """The groups, first the baseline: the one that is named, or random with NT-Xent. Raises Stop."""
     plain = {group.replace(",", ""): group for group in groups}  # commas need not be typed
     if name and name.replace(",", "") not in plain:
         raise Stop(f"--baseline {name}: no such group{cli.nearest(name, groups)}")
@@ -160,29 +162,30 @@ def baseline_first(groups: dict[str, list[int]], runs: list[Run], name: str | No
     return {baseline: groups[baseline], **groups}
 
 
-# ------------------------------------------------------------------------------------------ uncertainty
+# -------------------------------------------------------------------------------- uncertainty
 def interval(groups: list[np.ndarray]) -> tuple[float, float, float]:
     """Mean and 95 % interval over seeds and images of a sum of means.
 
     groups: scores [S, n] of independent groups of S seeds on the same n images: one group; a group of paired
     differences; or a group and the negative of another. What images and what seeds add to the variance has
-    degrees of freedom of its own, so half-widths by Student's t are added in squares (Zou and Donner, Statistics
-    in Medicine 2008), which is wide enough for two seeds as well. Where a group has one seed, nothing is said
-    about other seeds. Few seeds can agree by luck: no interval is narrower than the images alone make it.
-    """
+    degrees of freedom of its own, so half-widths by Student's t are added in squares (Zou and Donner,
+    Statistics in Medicine 2008), which is wide enough for two seeds as well. Where a group has one seed,
+    nothing is said about other seeds. Few seeds can agree by luck: no interval is narrower than the images
+    alone make it. """
     by_image = sum(x.mean(0) for x in groups)  # [n]
     n, several = len(by_image), [x for x in groups if len(x) > 1]
     images, t = (by_image.var(ddof=1) / n, stdtrit(n - 1, 0.975)) if n > 1 else (0.0, 0.0)
     seeds = sum(stdtrit(len(x) - 1, 0.975) ** 2 * x.mean(1).var(ddof=1) / len(x) for x in several)
     # What images and seeds do together is in the scatter of the seeds already: the images' share is the rest.
-    rest = images - sum((x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()).var() / (len(x) - 1) / max(n - 1, 1)
-                        for x in several)
+    together = (x - x.mean(0) - x.mean(1, keepdims=True) + x.mean() for x in several)
+    rest = images - sum(x.var() / (len(x) - 1) / max(n - 1, 1) for x in together)
     half = max(math.sqrt(seeds + t ** 2 * max(0.0, rest)), t * math.sqrt(images))
     return float(by_image.mean()), float(by_image.mean() - half), float(by_image.mean() + half)
 
 
 def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Mean x less mean y for interval(), of scores [n] by seed: paired by two common seeds, or all of one's."""
+    """Mean x less mean y for interval(), of scores [n] by seed: paired by common seeds, two or all of
+    one's."""
     common = sorted(x.keys() & y.keys())
     if len(common) > 1 or common and min(len(x), len(y)) == 1:
         return [np.stack([x[s] - y[s] for s in common])]
@@ -195,9 +198,9 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not settled"
 
 
-# ------------------------------------------------------------------------------------------ tables
+# -------------------------------------------------------------------------------- tables
 def table(title: str, runs: list[Run], groups: dict[str, list[int]]) -> list[dict]:
-    """A row for each group: its scores with intervals, and what the first score differs from the first group's."""
+    """A row for each group: its scores with intervals, and the first score less that of the first group."""
     images, names = runs[0].scores[title]["images"], list(runs[0].scores[title]["values"])
     by_seed = {group: {runs[i].knobs["seed"]: runs[i].scores[title]["values"] for i in members}
                for group, members in groups.items()}
@@ -211,7 +214,7 @@ def table(title: str, runs: list[Run], groups: dict[str, list[int]]) -> list[dic
             if len(values[0]) == images:
                 low, high = interval([np.stack(values)])[1:]
                 row[f"{name}_interval"] = [max(0.0, low), min(1.0, high)]
-        change = difference(*({seed: x[names[0]] for seed, x in by_seed[g].items()} for g in (group, baseline)))
+        change = difference(*({seed: x[names[0]] for seed, x in y.items()} for y in (own, by_seed[baseline])))
         row["difference"], *row["difference_interval"] = interval(change)
         row["difference_seeds"] = min(map(len, change))
         paired = len(change) == 1 and own.keys() & by_seed[baseline].keys()
@@ -258,10 +261,12 @@ def table_text(rows: list[dict]) -> str:
               *["at severity 1 to 5"] * bool(severities), *(NAMES[name] for name in single)]]
     for row in rows:
         seeds = row["difference_seeds"] or row["seeds"]  # which can be fewer
-        change = spread(row["difference"], row["difference_interval"], "+.1f") if row["difference_seeds"] else ""
+        marks = f" ({seeds})" * (seeds < row["seeds"]) + "*" * (seeds == 1)
+        change = row["difference"], row["difference_interval"], "+.1f"
         seconds = row["seconds_training"] + row["seconds_selecting"], row["seconds_selecting"]
-        lines.append([row["group"], f"{row['seeds']}" + f" ({seeds})" * (seeds < row["seeds"]) + "*" * (seeds == 1),
-                      spread(row[names[0]], row[f"{names[0]}_interval"]), change, row["verdict"],
+        lines.append([row["group"], f"{row['seeds']}{marks}",
+                      spread(row[names[0]], row[f"{names[0]}_interval"]),
+                      "" if row is rows[0] else spread(*change), row["verdict"],
                       "{:,.0f}, {:,.0f}".format(*seconds),
                       *[" ".join(spread(row[name]) for name in severities)] * bool(severities),
                       *(spread(row[name]) for name in single)])
@@ -270,7 +275,7 @@ def table_text(rows: list[dict]) -> str:
         "\n* over images only: another seed can turn it" * ("*" in cells)
 
 
-# ------------------------------------------------------------------------------------------ along training
+# -------------------------------------------------------------------------------- along training
 def first_at(target: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """x [E] at which y [D, E] first reaches target [D], between epochs by a straight line; else infinite."""
     hit = y >= target[:, None]
@@ -296,9 +301,9 @@ def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
 def seed_weights(seeds: list[int]) -> np.ndarray:
     """Weights [1 + DRAWS, S] of seeds, of sum 1, the first the plain mean; the same for the same seeds.
 
-    Resampling two or three seeds gives intervals far too narrow. Gaussian multipliers (a wild bootstrap) divided
-    by the root of a chi-square spread the mean of n numbers exactly as Student's t with n - 1 degrees of freedom.
-    """
+    Resampling two or three seeds gives intervals far too narrow. Gaussian multipliers (a wild bootstrap)
+    divided by the root of a chi-square spread the mean of n numbers as Student's t with n - 1 degrees of
+    freedom does. """
     n, generator = len(seeds), np.random.default_rng([0, *seeds])
     g = generator.standard_normal((DRAWS, n))
     g = (g - g.mean(1, keepdims=True)) / np.sqrt(n * generator.chisquare(max(n - 1, 1), (DRAWS, 1)))
@@ -306,15 +311,14 @@ def seed_weights(seeds: list[int]) -> np.ndarray:
 
 
 def cost(found: dict[str, dict], target: float | None) -> list[dict]:
-    """A row for each group of curves(), the first being the baseline: steps and seconds at which its mean curve
-    first reaches the target; their ratios to the baseline's; and "gain", its R@1 after the baseline's seconds (or
-    at its end, where that is sooner) less that of the baseline.
+    """A row for each group of curves(), the first being the baseline: steps and seconds at which its mean
+    curve first reaches the target; their ratios to the baseline's; and "gain", by difference() its R@1 after
+    the baseline's seconds (or at its end, where that is sooner) less that of the baseline.
 
-    target None: what the baseline's mean curve ends at, in each draw of seeds its own. Where the baseline does
-    not reach a given target its whole run counts, so that ratios are at most too large. Seconds are the mean over
-    seeds: how they differ is the machine's doing. Intervals where both groups have several seeds; None where
-    something is not reached.
-    """
+    target None: what the baseline's mean curve ends at, in each draw of seeds its own. Where the baseline
+    does not reach a given target its whole run counts: ratios are at most too large. Seconds are the mean
+    over seeds: how they differ is the machine's doing. Intervals where both groups have several seeds; None:
+    not reached. """
     def along(group: dict) -> tuple[np.ndarray, ...]:
         return (seed_weights(group["seeds"]) @ np.array(group["R1"]), np.array(group["steps"], float),
                 np.mean(group["seconds"], 0))
@@ -332,7 +336,8 @@ def cost(found: dict[str, dict], target: float | None) -> list[dict]:
         for axis, x, other in zip(("steps", "seconds"), own, base):
             reached = first_at(goal, drawn, x)
             ratio = reached / np.minimum(first_at(goal, y, other), other[-1])
-            ends = np.quantile(ratio[1:], (0.025, 0.975), method="lower" if np.isinf(ratio).any() else "linear")
+            method = "lower" if np.isinf(ratio).any() else "linear"
+            ends = np.quantile(ratio[1:], (0.025, 0.975), method=method)
             row |= {axis: finite(reached[0]), f"{axis}_ratio": finite(ratio[0]),
                     f"{axis}_ratio_interval": finite(ends) if several else None}
         after = {seed: np.array([np.interp(base[1][-1], own[1], r, left=np.nan)])
@@ -352,7 +357,8 @@ def cost_text(rows: list[dict]) -> str:
         line = [row["group"], str(row["seeds"])]
         for axis in ("steps", "seconds"):
             ratio = spread(row[f"{axis}_ratio"], row[f"{axis}_ratio_interval"], ".2f", 1)
-            line += [spread(row[axis], None, ",.0f", 1), "" if row is rows[0] or ratio == "not reached" else ratio]
+            needless = row is rows[0] or ratio == "not reached"
+            line += [spread(row[axis], None, ",.0f", 1), "" if needless else ratio]
         gain = row is not rows[0] and row["gain"] is not None
         lines.append([*line, spread(row["gain"], row["gain_interval"], "+.1f") if gain else ""])
     return aligned(lines)
@@ -374,13 +380,14 @@ def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     several = max(len(x["seeds"]) for x in found.values()) > 1
     axes[0, 0].set(ylabel="two-view R@1 (%)",
                    title="mean over seeds; band: lowest to highest" if several else "one seed")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(found)))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=min(4, len(found)))
     return figure
 
 
-# ------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------- the command
 def writable(out: str, others: list[Path]) -> Path:
-    """The folder --out, made where it is not there. Raises Stop where it or one of the others is read-only."""
+    """The folder --out, made if need be. Raises Stop where it or one of the others cannot be written."""
     folder = cli.expand(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -393,8 +400,8 @@ def writable(out: str, others: list[Path]) -> Path:
 
 
 def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, curve: Path | None) -> dict:
-    """Print the table of each task that all runs have done; with `curve` also the cost along training, drawn into
-    that file. Returns the rows, by title."""
+    """Print the table of each task that all runs have done; with `curve` also the cost along training, drawn
+    into that file. Returns the rows, by title."""
     record = {}
     for title in [x for x in runs[0].scores if all(x in run.scores for run in runs)]:
         for run in runs:
@@ -407,8 +414,8 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
     if curve:
         found = record["curves"] = curves(runs, groups)
         rows = record["cost"] = cost(found, target)
-        print("\nalong training, on the R@1 in log.jsonl; 95 % intervals over seeds, where there are several\n\n"
-              + cost_text(rows))
+        print("\nalong training, on the R@1 in log.jsonl; 95 % intervals over seeds, where there are several"
+              f"\n\n{cost_text(rows)}")
         samplers = [runs[members[0]].knobs["sampler"] for members in groups.values()]
         cli.save_figure(draw_curves(found, samplers, rows[0]["target"]), curve)
     return record
@@ -417,7 +424,7 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
 def main(argv: list[str]) -> None:
     knobs, _ = cli.parse(argv, __doc__, KNOBS, {}, "files")
     if not knobs["files"]:
-        raise Stop("name a file of retrieval.py --export, for example: python compare.py results/runs.json.gz")
+        raise Stop("name a file of retrieval.py --export, such as: python compare.py results/runs.json.gz")
     runs = [run for word in knobs["files"] for run in read_file(cli.expand(word))]
     groups = baseline_first(group_runs(runs), runs, knobs["baseline"])
     out = writable(knobs["out"], [])

@@ -1,11 +1,11 @@
-"""Further questions to a trained network, asked by retrieval.py: the partner among an image's own corrupted versions
-(--corruptions: the published -C sets, or fourteen corruptions of our own), and what its features are worth (--probe).
+"""Further questions to a trained network, which retrieval.py asks: the partner among an image's own corrupted
+versions (--corruptions), and what the features are worth to a classifier (--probe).
 
-    corrupted = official("cifar100", Path("data"), labels, 32)     # or built_in(images, seed)
-    pictures = corrupted(rows, severity=3)                         # uint8 [len(rows), C, 3, H, W]
+    corrupted = official("cifar100", Path("data"), labels, 32)   # a published set; or built_in(images, seed)
+    pictures = corrupted(rows, severity=3)                       # uint8 [len(rows), C, 3, H, W]
 
-are the versions of the validation images `rows` by the C corruptions at severity 1 to 5. Scores on our own compare
-with one another alone, never with those of the -C sets: they are similar in kind, not in strength.
+are the versions of the validation images `rows` by the C corruptions at severity 1 to 5. Scores on our own
+compare with one another alone, never with those of the -C sets: they are similar in kind, not in strength.
 """
 import io
 import os
@@ -23,71 +23,75 @@ import cli
 import data
 from model import embed
 
-# ------------------------------------------------------------------------------------------ the published sets
-TINY = ("brightness", "contrast", "defocus_blur", "elastic_transform", "fog", "frost", "gaussian_noise", "glass_blur",
-        "impulse_noise", "jpeg_compression", "motion_blur", "pixelate", "shot_noise", "snow", "zoom_blur")
+# -------------------------------------------------------------------------------- the published sets
+TINY = ("brightness", "contrast", "defocus_blur", "elastic_transform", "fog", "frost", "gaussian_noise",
+        "glass_blur", "impulse_noise", "jpeg_compression", "motion_blur", "pixelate", "shot_noise", "snow",
+        "zoom_blur")
 CIFAR = tuple(sorted((*TINY, "gaussian_blur", "saturate", "spatter", "speckle_noise")))
-OFFICIAL = {"cifar100": ("CIFAR-100-C", "https://zenodo.org/records/3555552"),  # Hendrycks and Dietterich, ICLR 2019
-            "tinyimagenet": ("Tiny-ImageNet-C", "https://zenodo.org/records/2536630")}
+OFFICIAL = {"cifar100": ("CIFAR-100-C", "https://zenodo.org/records/3555552"),
+            "tinyimagenet": ("Tiny-ImageNet-C", "https://zenodo.org/records/2536630")}  # ICLR 2019
 SEVERITIES = range(1, 6)
 
 
 def clean_folder(data_dir: Path) -> Path:
     """Where the clean images are when data_dir may be the folder of a -C set itself."""
-    return data_dir.parent if data_dir.name.lower() in [name.lower() for name, _ in OFFICIAL.values()] else data_dir
+    names = [name.lower() for name, _ in OFFICIAL.values()]
+    return data_dir.parent if data_dir.name.lower() in names else data_dir
 
 
 def published(dataset: str, data_dir: Path) -> Path:
-    """The folder of this data set's -C set: data_dir, or in it. Raises FileNotFoundError where there is none."""
+    """The folder of this data set's -C set: data_dir or one in it. Raises FileNotFoundError where none is."""
     name, url = OFFICIAL[dataset]
     data_dir = data_dir.parent if data_dir.is_file() else data_dir  # a zip of the clean images
-    found = [x for x in (data_dir, *sorted(data_dir.iterdir())) if x.is_dir() and x.name.lower() == name.lower()]
-    if not found:
-        raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")
-    return found[0]
+    for path in (data_dir, *sorted(data_dir.iterdir())):
+        if path.is_dir() and path.name.lower() == name.lower():
+            return path
+    raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")
 
 
 def digest(folder: Path) -> str:
-    """Of the names, sizes and times of a -C set's arrays and folders: tells that it has changed without reading it."""
-    there = [(path, path.stat()) for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth))]
-    return data.digest(repr([(str(path.relative_to(folder)), s.st_size, s.st_mtime_ns) for path, s in there]).encode())
+    """Of the names, sizes and times of a -C set's arrays and folders: it has changed when they have."""
+    def times(path: Path) -> tuple[int, int]:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    there = [(path, times(path)) for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth))]
+    return data.digest(repr([(str(path.relative_to(folder)), *x) for path, x in there]).encode())
 
 
 def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callable:
-    """corrupted(rows, severity) of the -C set in data_dir (or data_dir itself), after a check of its whole layout.
+    """corrupted(rows, severity) of the -C set in data_dir, or data_dir itself, after a check of its layout.
 
     dataset: cifar100 or tinyimagenet. labels [N]: of the whole validation split. size: side to which
-    Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or OSError,
-    with one line, for a set that is absent or not complete.
+    Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or
+    OSError, with one line, for a set that is absent or not complete.
     """
     folder, url = published(dataset, data_dir), OFFICIAL[dataset][1]
-    names, suffix = (CIFAR, ".npy") if dataset == "cifar100" else (TINY, "")
-    missing = [x for x in names if not (folder / f"{x}{suffix}").exists()]
+    names = [f"{name}.npy" for name in CIFAR] if dataset == "cifar100" else TINY
+    missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(x + suffix for x in missing)}: it takes all {len(names)} "
-                                f"corruptions; get the whole set from {url}")
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: get the whole set from {url}")
     if dataset == "cifar100":
         return cifar_c(folder, labels.numpy())
     return tiny_c(folder, clean_folder(data_dir), labels.numpy(), size)
 
 
 def cifar_c(folder: Path, labels: np.ndarray) -> Callable:
-    """CIFAR-100-C: <corruption>.npy, uint8 [5N, 32, 32, 3], severity s at rows (s-1)N to sN; labels.npy [5N]."""
+    """CIFAR-100-C: <corruption>.npy, uint8 [5N, 32, 32, 3], severity s at rows (s-1)N to sN; labels.npy."""
     n = len(labels)
 
     def mapped(name: str) -> np.ndarray:
+        path = folder / f"{name}.npy"
         try:
-            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError) as error:
-            raise ValueError(f"cannot read {folder / name}.npy ({str(error).splitlines()[0]}): get it again") from None
-    arrays, shape = [mapped(name) for name in CIFAR], (5 * n, 32, 32, 3)
-    for name, array in zip(CIFAR, arrays):
-        if array.dtype != np.uint8 or array.shape != shape:
-            raise ValueError(f"{folder / name}.npy is {array.dtype} {array.shape}, not uint8 {shape}: get it again")
-    given = mapped("labels")
-    if given.size not in (n, 5 * n) or (given.reshape(-1, n) != labels).any():
-        raise ValueError(f"{folder / 'labels.npy'} does not hold the labels of the {n:,} clean images in their order: "
-                         "get it again")
+            raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}): get it again") from None
+        if name == "labels" and (array.size not in (n, 5 * n) or (array.reshape(-1, n) != labels).any()):
+            raise ValueError(f"{path} does not hold the labels of the {n:,} clean images in their order: get "
+                             "it again")
+        shape = (5 * n, 32, 32, 3)
+        if name != "labels" and (array.dtype != np.uint8 or array.shape != shape):
+            raise ValueError(f"{path} is {array.dtype} {array.shape}, not uint8 {shape}: get it again")
+        return array
+    *arrays, _ = [mapped(name) for name in (*CIFAR, "labels")]
 
     def corrupted(rows: Tensor, severity: int) -> Tensor:
         at = (severity - 1) * n + rows.numpy()
@@ -96,38 +100,34 @@ def cifar_c(folder: Path, labels: np.ndarray) -> Callable:
 
 
 def tiny_c(folder: Path, clean: Path, labels: np.ndarray, size: int) -> Callable:
-    """Tiny-ImageNet-C: <corruption>/<severity>/<wnid>/<name>.JPEG, one for each image of the clean validation split."""
+    """Tiny-ImageNet-C: <corruption>/<severity>/<wnid>/<name>.JPEG, one for each clean validation image."""
     files = [Path(name).name for name in data.tinyimagenet_source(clean, "val")[2]()[0]]
     if len(files) != len(labels):
-        raise ValueError(f"{clean} has {len(files):,} validation images, of which {len(labels):,} can be read: repair "
-                         "the others")
-    wnid_of, tick = {}, cli.progress(f"checking {folder.name}", len(TINY), "corruptions")
-    for i, name in enumerate(TINY):
+        raise ValueError(f"{clean} has {len(files):,} validation images, of which {len(labels):,} can be "
+                         "read: repair the others")
+    wnid_of, tick = {}, cli.progress(f"checking {folder}", 5 * len(TINY), "folders")
+    for i, inside in enumerate(folder / name / str(severity) for name in TINY for severity in SEVERITIES):
         tick(i)
-        there = sorted(entry.name for entry in os.scandir(folder / name) if entry.is_dir())
-        if there != [str(s) for s in SEVERITIES]:
-            raise ValueError(f"{folder / name} has the folders {' '.join(there) or 'none'}, not 1 2 3 4 5: get the "
-                             "whole set again")
-        for inside in (folder / name / severity for severity in there):
-            of = {file.name: wnid.name for wnid in os.scandir(inside) if wnid.is_dir() for file in os.scandir(wnid)}
-            lacking, surplus = sorted(set(files) - of.keys()), sorted(of.keys() - set(files))
-            if lacking:
-                raise ValueError(f"{inside} lacks {lacking[0]}, which is in the clean validation split "
-                                 f"({len(lacking):,} such): get the whole set again")
-            if surplus:
-                raise ValueError(f"{inside} holds {surplus[0]}, which is not in the clean validation split "
-                                 f"({len(surplus):,} such): give the whole clean data set as --data-dir")
-            classes = {wnid: i for i, wnid in enumerate(sorted(set(of.values())))}
-            for file, label in zip(files, labels):
-                if classes[of[file]] != label or wnid_of.setdefault(file, of[file]) != of[file]:
-                    raise ValueError(f"{inside / of[file] / file} is not in the folder of its class: get the whole set "
-                                     "again")
+        of = {file.name: wnid.name for wnid in inside.glob("*") if wnid.is_dir() for file in os.scandir(wnid)}
+        lacking, surplus = sorted(set(files) - of.keys()), sorted(of.keys() - set(files))
+        if lacking:
+            raise ValueError(f"{inside} lacks {lacking[0]}, which is in the clean validation split "
+                             f"({len(lacking):,} such): get the whole set again")
+        if surplus:
+            raise ValueError(f"{inside} holds {surplus[0]}, which is not in the clean validation split "
+                             f"({len(surplus):,} such): give the whole clean data set as --data-dir")
+        classes = {wnid: i for i, wnid in enumerate(sorted(set(of.values())))}
+        for file, label in zip(files, labels):
+            if classes[of[file]] != label or wnid_of.setdefault(file, of[file]) != of[file]:
+                raise ValueError(f"{inside / of[file] / file} is not in the folder of its class: get the "
+                                 "whole set again")
     pool = ThreadPoolExecutor(os.cpu_count())
 
     def decoded(path: Path) -> Tensor:
         try:
             content = path.read_bytes()
-            sides, image = Image.open(io.BytesIO(content)).size, torch.from_numpy(data.decode(content, size).copy())
+            sides = Image.open(io.BytesIO(content)).size
+            image = torch.from_numpy(data.decode(content, size).copy())
         except Exception as error:  # Pillow fails in many ways on a damaged file
             raise OSError(f"cannot read {path} ({type(error).__name__}): get it again") from None
         if sides != (64, 64):
@@ -141,133 +141,116 @@ def tiny_c(folder: Path, clean: Path, labels: np.ndarray, size: int) -> Callable
     return corrupted
 
 
-# ------------------------------------------------------------------------------------------ built in
-# Each takes x [n, 3, S, S], float32 in 0 to 1, on the CPU, the severity 0 to 4 and a generator, and returns corrupted
-# images, which are then cut to 0 to 1. Lengths are parts of an image's side: they mean the same at every size.
-def uniform(x: Tensor, generator: Generator, *shape: int) -> Tensor:
-    return torch.rand(len(x), *shape, generator=generator)
+# -------------------------------------------------------------------------------- built in
+# Functions of x [n, 3, S, S], float32 in 0 to 1, a strength and a generator give corrupted images, which are
+# then cut to 0 to 1. Lengths are parts of an image's side, so that they mean the same at every size.
+def uniform(x: Tensor, g: Generator, *shape: int) -> Tensor:
+    return torch.rand(len(x), *shape, generator=g)
 
 
-def normal(x: Tensor, generator: Generator, *shape: int) -> Tensor:
-    return torch.randn(len(x), *shape, generator=generator)
+def normal(x: Tensor, g: Generator, *shape: int) -> Tensor:
+    return torch.randn(len(x), *shape, generator=g)
 
 
-def gaussian_noise(x, s, generator):
-    return x + (0.04, 0.07, 0.1, 0.14, 0.2)[s] * normal(x, generator, *x.shape[1:])
-
-
-def shot_noise(x, s, generator):
-    photons = (300, 120, 60, 30, 15)[s]
-    return torch.poisson(x * photons, generator=generator) / photons
-
-
-def impulse_noise(x, s, generator):
-    u = uniform(x, generator, *x.shape[1:])
-    share = (0.01, 0.03, 0.06, 0.1, 0.16)[s]
+def impulse_noise(x: Tensor, share: float, g: Generator) -> Tensor:
+    u = uniform(x, g, *x.shape[1:])
     return torch.where(u < share, (u < share / 2).float(), x)
 
 
-def speckle_noise(x, s, generator):
-    return x + x * (0.08, 0.14, 0.2, 0.3, 0.45)[s] * normal(x, generator, *x.shape[1:])
-
-
-def gaussian_blur(x, s, generator):
-    side = x.shape[-1]
-    at = torch.arange(side)
-    sigma = (0.012, 0.018, 0.026, 0.037, 0.052)[s] * side
-    weights = torch.softmax(-0.5 * ((at - at[:, None]) / sigma) ** 2, 1)
+def gaussian_blur(x: Tensor, sigma: float, g: Generator) -> Tensor:
+    at = torch.arange(x.shape[-1])
+    weights = torch.softmax(-0.5 * ((at - at[:, None]) / (sigma * x.shape[-1])) ** 2, 1)
     return weights @ x @ weights.T
 
 
-def moved(x: Tensor, matrix: Tensor) -> Tensor:
-    """Images seen through affine maps [n, 2, 3] of coordinates that go from -1 to 1, mirrored at the borders."""
-    grid = F.affine_grid(matrix, x.shape, align_corners=False)
+def moved(x: Tensor, matrix: Tensor, way: Tensor | float = 0.0) -> Tensor:
+    """Images seen through affine maps [n, 2, 3] of coordinates from -1 to 1, moved by `way`; mirrored."""
+    grid = F.affine_grid(matrix, x.shape, align_corners=False) + way
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def motion_blur(x, s, generator):
-    angle = 2 * torch.pi * uniform(x, generator, 1)
-    way = torch.cat([angle.cos(), angle.sin()], 1)[:, :, None] * (0.06, 0.1, 0.15, 0.21, 0.3)[s]
+def motion_blur(x: Tensor, length: float, g: Generator) -> Tensor:
+    angle = 2 * torch.pi * uniform(x, g, 1)
+    way = length / 4 * torch.cat([angle.cos(), angle.sin()], 1)[:, :, None]
     eye = torch.eye(2).expand(len(x), 2, 2)
-    return sum(moved(x, torch.cat([eye, way * t / 4], 2)) for t in range(-4, 5)) / 9
+    return sum(moved(x, torch.cat([eye, t * way], 2)) for t in range(-4, 5)) / 9
 
 
-def zoom_blur(x, s, generator):
-    most = (0.08, 0.14, 0.22, 0.32, 0.45)[s]
+def zoom_blur(x: Tensor, most: float, g: Generator) -> Tensor:
     eye = torch.eye(2, 3).expand(len(x), 2, 3)
     return sum(moved(x, eye / (1 + most * t / 7)) for t in range(8)) / 8
-
-
-def contrast(x, s, generator):
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return mean + (x - mean) * (0.75, 0.55, 0.4, 0.25, 0.15)[s]
-
-
-def brightness(x, s, generator):
-    return x + (0.08, 0.15, 0.23, 0.32, 0.42)[s]
-
-
-def saturate(x, s, generator):
-    grey = x.mean(1, keepdim=True)
-    return grey + (x - grey) * (1.4, 1.9, 2.6, 3.6, 5)[s]
 
 
 def smooth(noise: Tensor, side: int) -> Tensor:
     return F.interpolate(noise, size=(side, side), mode="bicubic", align_corners=False)
 
 
-def fog(x, s, generator):
-    share = (0.2, 0.32, 0.45, 0.58, 0.7)[s]
-    cloud = sum(smooth(uniform(x, generator, 1, 2 ** i, 2 ** i), x.shape[-1]) / 2 ** i for i in range(1, 5))
+def fog(x: Tensor, share: float, g: Generator) -> Tensor:
+    cloud = sum(smooth(uniform(x, g, 1, 2 ** i, 2 ** i), x.shape[-1]) / 2 ** i for i in range(1, 5))
     return x + share * (0.5 + 0.5 * cloud - x)
 
 
-def elastic(x, s, generator):
-    way = smooth(normal(x, generator, 2, 5, 5), x.shape[-1]) * (0.04, 0.06, 0.09, 0.13, 0.18)[s]
-    still = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), x.shape, align_corners=False)
-    return F.grid_sample(x, still + way.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
+def elastic(x: Tensor, length: float, g: Generator) -> Tensor:
+    way = length * smooth(normal(x, g, 2, 5, 5), x.shape[-1])
+    return moved(x, torch.eye(2, 3).expand(len(x), 2, 3), way.permute(0, 2, 3, 1))
 
 
-def pixelate(x, s, generator):
-    side = max(1, round(x.shape[-1] * (0.75, 0.6, 0.45, 0.34, 0.25)[s]))
+def pixelate(x: Tensor, share: float, g: Generator) -> Tensor:
+    side = max(1, round(share * x.shape[-1]))
     return F.interpolate(F.interpolate(x, size=(side, side), mode="area"), size=x.shape[-2:], mode="nearest")
 
 
-def jpeg(x, s, generator):
+def jpeg(x: Tensor, quality: int, g: Generator) -> Tensor:
     def coded(image: np.ndarray) -> np.ndarray:
-        Image.fromarray(image).save(stream := io.BytesIO(), "JPEG", quality=(50, 30, 18, 10, 5)[s])
+        Image.fromarray(image).save(stream := io.BytesIO(), "JPEG", quality=quality)
         return np.asarray(Image.open(stream))
     pixels = (255 * x).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return torch.from_numpy(np.stack(list(pool.map(coded, pixels)))).permute(0, 3, 1, 2) / 255
 
 
-BUILT_IN = {f.__name__: f for f in (
-    gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, motion_blur, zoom_blur, contrast,
-    brightness, saturate, fog, elastic, pixelate, jpeg)}
+BUILT_IN = {  # name: (function, its strength at severity 1 to 5)
+    "gaussian_noise": (lambda x, s, g: x + s * normal(x, g, *x.shape[1:]), (0.04, 0.07, 0.1, 0.14, 0.2)),
+    "shot_noise": (lambda x, s, g: torch.poisson(x * s, generator=g) / s, (300, 120, 60, 30, 15)),
+    "impulse_noise": (impulse_noise, (0.01, 0.03, 0.06, 0.1, 0.16)),
+    "speckle_noise": (lambda x, s, g: x + x * s * normal(x, g, *x.shape[1:]), (0.08, 0.14, 0.2, 0.3, 0.45)),
+    "gaussian_blur": (gaussian_blur, (0.012, 0.018, 0.026, 0.037, 0.052)),
+    "motion_blur": (motion_blur, (0.06, 0.1, 0.15, 0.21, 0.3)),
+    "zoom_blur": (zoom_blur, (0.08, 0.14, 0.22, 0.32, 0.45)),
+    "contrast": (lambda x, s, g: x.mean((1, 2, 3), keepdim=True).lerp(x, s), (0.75, 0.55, 0.4, 0.25, 0.15)),
+    "brightness": (lambda x, s, g: x + s, (0.08, 0.15, 0.23, 0.32, 0.42)),
+    "saturate": (lambda x, s, g: x.mean(1, keepdim=True).lerp(x, s), (1.4, 1.9, 2.6, 3.6, 5)),
+    "fog": (fog, (0.2, 0.32, 0.45, 0.58, 0.7)),
+    "elastic": (elastic, (0.04, 0.06, 0.09, 0.13, 0.18)),
+    "pixelate": (pixelate, (0.75, 0.6, 0.45, 0.34, 0.25)),
+    "jpeg": (jpeg, (50, 30, 18, 10, 5)),
+}
 
 
 def corrupt(name: str, images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Images corrupted by BUILT_IN[name], uint8 of uint8 [n, 3, S, S], at severity 1 to 5."""
     if severity not in SEVERITIES:
         raise ValueError(f"severity is {severity}; give 1 to 5")
-    x = BUILT_IN[name](images.float() / 255, severity - 1, generator)
+    function, strengths = BUILT_IN[name]
+    x = function(images.float() / 255, strengths[severity - 1], generator)
     return (255 * x).round_().clamp_(0, 255).byte()
 
 
 def built_in(images: Tensor, seed: int) -> Callable:
-    """Corruptions of our own of uint8 images [N, 3, S, S], made when they are asked for, the same for the same rows."""
+    """corrupted(rows, severity) of uint8 images [N, 3, S, S], made when asked for, the same for the same
+    rows."""
     def corrupted(rows: Tensor, severity: int) -> Tensor:
-        mixed = np.random.SeedSequence([seed, int(rows[0])]).generate_state(1)  # torch's CPU generator keeps but 32 bits
-        generator = Generator().manual_seed(int(mixed[0]))  # the same draws at every severity
+        # torch's CPU generator keeps 32 bits of a seed; the same draws at every severity.
+        mixed = np.random.SeedSequence([seed, int(rows[0])]).generate_state(1)
+        generator = Generator().manual_seed(int(mixed[0]))
         return torch.stack([corrupt(name, images[rows], severity, generator) for name in BUILT_IN], 1)
     return corrupted
 
 
-# ------------------------------------------------------------------------------------------ tasks
+# -------------------------------------------------------------------------------- what is asked
 def own_version_ranks(u: Tensor, v: Tensor) -> Tensor:
-    """Ranks from 1, int64 [2, N, C], as retrieval.partner_ranks has them, of u, v [N, C, D], where the candidates of
-    each are the C versions of the same image.  Raises ValueError for embeddings that are not finite."""
+    """Ranks from 1, int64 [2, N, C], of u, v [N, C, D], where the candidates of each are the C versions of
+    the same image; ties and errors as retrieval.partner_ranks has them."""
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise ValueError("u or v holds NaN or infinity: embed with a model whose loss is finite")
     s = F.normalize(u, dim=2) @ F.normalize(v, dim=2).mT
@@ -277,40 +260,24 @@ def own_version_ranks(u: Tensor, v: Tensor) -> Tensor:
 
 def own_versions(model: nn.Module, views: Callable, rows: Tensor, corrupted: Callable, seed: int, name: str,
                  chunk: int = 64) -> dict[str, np.ndarray]:
-    """ranks [5, 2, n, C] of the second view among those of the own versions of each of the images `rows`, by severity.
-
-    views(images, generator): augment.views_of. name: of the progress.
-    """
+    """ranks [5, 2, n, C] of partner views among those of the own versions of each of `rows`, by severity.
+    views(images, generator): augment.views_of; name: of the progress."""
     ranks, tick = [], cli.progress(name, 5 * len(rows), "images")
     for severity in SEVERITIES:
         generator, found = Generator().manual_seed(seed), []
         for i, part in enumerate(rows.split(chunk)):
             tick((severity - 1) * len(rows) + i * chunk)
             pictures = corrupted(part, severity)  # [n, C, 3, H, W]
-            n, c = pictures.shape[:2]
-            u, v = embed(model, views(pictures.flatten(0, 1), generator), torch.arange(n * c))
-            found.append(own_version_ranks(u.unflatten(0, (n, c)), v.unflatten(0, (n, c))))
+            shape = pictures.shape[:2]
+            u, v = embed(model, views(pictures.flatten(0, 1), generator), torch.arange(shape.numel()))
+            found.append(own_version_ranks(u.unflatten(0, shape), v.unflatten(0, shape)))
         ranks.append(torch.cat(found, 1))
     return {"ranks": torch.stack(ranks).cpu().numpy().astype(np.uint8)}
 
 
-def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, statistics: tuple, device: torch.device,
-             name: str) -> Tensor:
-    """float32 [n, d], in eval mode, of images[rows] as they are, brought to size x size and normalised."""
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in statistics)
-    found, tick = [], cli.progress(name, len(rows), "images")
-    for i, part in enumerate(rows.split(256)):
-        tick(256 * i)
-        x = images[part].to(device).float() / 255
-        if x.shape[-1] != size:
-            x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-        found.append(encoder(((x - mean) / std).contiguous(memory_format=torch.channels_last)).float())
-    return torch.cat(found)
-
-
 def neighbour_classes(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
-    """The class [m] of each of `queries` [m, d]: the 20 of x [n, d], of classes y, of greatest cosine vote with
-    exp(cosine / 0.07) (Wu et al., CVPR 2018)."""
+    """The class [m] of each of `queries` [m, d]: the 20 of x [n, d], of classes y, of greatest cosine vote
+    with exp(cosine / 0.07) (Wu et al., CVPR 2018)."""
     gallery, found = F.normalize(x, dim=1), []
     for part in F.normalize(queries, dim=1).split(max(1, 2 ** 23 // len(x))):
         cosine, index = (part @ gallery.T).topk(min(20, len(x)), dim=1)
@@ -320,8 +287,8 @@ def neighbour_classes(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
 
 
 def linear_classes(x: Tensor, y: Tensor, queries: Tensor, seed: int, name: str) -> Tensor:
-    """The class [m] of each of `queries` [m, d] by multinomial logistic regression on standardised features, by
-    L-BFGS; its L2 is the best on a fifth of x held out."""
+    """The class [m] of each of `queries` [m, d] by multinomial logistic regression on standardised features,
+    by L-BFGS; its L2 is the best on a fifth of x held out."""
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, queries = ((z - mean) / std for z in (x, queries))
 
@@ -342,27 +309,37 @@ def linear_classes(x: Tensor, y: Tensor, queries: Tensor, seed: int, name: str) 
     order = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(x.device)
     held, rest = order[:max(1, len(x) // 5)], order[max(1, len(x) // 5):]
     weight, right, tick = x.new_zeros(int(y.max()) + 1, x.shape[1] + 1), {}, cli.progress(name, 6, "fits")
-    for i, l2 in enumerate((0.3, 0.1, 0.03, 0.01, 0.003)):  # from strong to weak, each from where the last ended
+    for i, l2 in enumerate((0.3, 0.1, 0.03, 0.01, 0.003), 1):  # from strong to weak, each from the last
         weight = fit(x[rest], y[rest], l2, weight)
         right[l2] = (logits(x[held], weight).argmax(1) == y[held]).float().mean().item()
-        tick(i + 1)
+        tick(i)
     return logits(queries, fit(x, y, max(right, key=right.get), weight)).argmax(1)
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, statistics: tuple,
+             device: torch.device, name: str) -> Tensor:
+    """encoder's [n, d], float32, of images[rows] as they are, brought to size x size and normalised."""
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in statistics)
+    found, tick = [], cli.progress(name, len(rows), "images")
+    for i, part in enumerate(rows.split(256)):
+        tick(256 * i)
+        x = images[part].to(device).float() / 255
+        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True) if x.shape[-1] != size else x
+        found.append(encoder(((x - mean) / std).contiguous(memory_format=torch.channels_last)).float())
+    return torch.cat(found)
 
 
 def probe(encoder: nn.Module, sets: list[tuple[Tensor, Tensor, Tensor]], size: int, statistics: tuple,
           device: torch.device, seed: int, name: str) -> dict[str, np.ndarray]:
-    """correct, bool [2, n]: is the class of a validation image found by neighbours, and by a linear classifier?
+    """correct, bool [2, n]: is the class of a validation image found by neighbours, by a linear classifier?
 
-    encoder: images [B, 3, size, size] -> features [B, d].  sets: of training and of validation the uint8 images
-    [N, 3, H, H], the rows [n] of them to use, and the labels [N].  statistics: mean and std of the channels. The
-    images are not augmented, and embedded once.
-    Raises ValueError where there is but one class, or features that are not finite.
-    """
+    encoder: images [B, 3, size, size] -> features [B, d], in eval mode.  sets: of training and of validation
+    the uint8 images [N, 3, H, H], the rows [n] of them to use, and the labels [N].  statistics: mean and std
+    of the channels.  Raises ValueError where there is but one class, or features are not finite. """
     if sets[0][2].max() == 0:
         raise ValueError("--probe needs images of two classes or more: leave it out")
-    encoder.eval()
-    with torch.no_grad():
-        x, val_x = (features(encoder, images, rows, size, statistics, device, name) for images, rows, _ in sets)
+    x, val_x = (features(encoder, *two, size, statistics, device, name) for *two, _ in sets)
     y, val_y = (labels[rows].to(device) for _, rows, labels in sets)
     if not (x.isfinite().all() and val_x.isfinite().all()):
         raise ValueError("the features hold NaN or infinity: give a run whose loss is finite")

@@ -1,10 +1,10 @@
 """What training was worth: retrieval of partner views, with uncertainty; runs compared on the same images.
 
-    python retrieval.py runs/quick-*                               # a table; files in results/
-    python retrieval.py 'runs/*-seed?' --recalibrate --curve       # quoted globs will do; groups differ in seed alone
+    python retrieval.py runs/quick-*                           # a table; files in results/
+    python retrieval.py 'runs/*-seed?' --recalibrate --curve   # quoted globs will do; groups differ by seed
     python retrieval.py runs/a runs/b --corruptions built-in --probe --histograms
-    python retrieval.py runs/a --corruptions official --data-dir data     # where CIFAR-100-C or Tiny-ImageNet-C lies
-    python retrieval.py runs/* --export results/runs.json.gz       # for compare.py: the same again, no training
+    python retrieval.py runs/a --corruptions official --data-dir data    # with a -C set in it
+    python retrieval.py runs/* --export results/runs.json.gz   # for compare.py: the same again, no training
 
 Each run's scores are kept beside its checkpoint, in results.json and results.npz: the same call again only
 reads them. --out gets retrieval.json (all that is printed, and more), the figure neighbours (.png and .pdf),
@@ -17,10 +17,10 @@ import math
 import signal
 import sys
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ KNOBS = {
     "corruptions": (None, ("built-in", "official"), "also find the partner among an image's own corrupted "
                     "versions. built-in: fourteen of ours; official: CIFAR-100-C or Tiny-ImageNet-C"),
     "corruption_limit": (None, "int >= 1 <= 10000000", "images of that task (default: all; deadleaves 40)"),
-    "probe": (False, bool, "also the encoder's features: accuracy of 20 neighbours and of a linear classifier"),
+    "probe": (False, bool, "also the encoder's features: accuracy of 20 neighbours, of a linear classifier"),
     "recalibrate": (False, bool, "report everything also with batch norm's statistics taken anew from random "
                     "training batches"),
     "recalibrate_batches": (64, "int >= 1 <= 100000", "how many, of the run's batch size"),
@@ -62,16 +62,15 @@ QUERIES, NEAREST = 4, 5  # of the picture of neighbours
 MADE_BY = ("retrieval.py", "corruptions.py", "model.py", "augment.py", "data.py", "deadleaves.py")
 
 
-# ------------------------------------------------------------------------------------------ metrics
+# -------------------------------------------------------------------------------- metrics
 @torch.no_grad()
 def partner_ranks(u: Tensor, v: Tensor, cosine: bool = True) -> Tensor:
     """Ranks from 1, int64 [2, N]: of v_i among all v by similarity with u_i, and of u_i among all u with v_i.
 
     u, v: [N, D]; need not be normalised.  cosine=False: similarity is the inner product, as in the paper's
     released script.  What is as near as the partner, up to rounding, counts as nearer.  N^2 D operations and
-    64 MB (float64: 128) besides copies of u and v.  Raises ValueError for unequal shapes or embeddings that are
-    not finite.
-    """
+    64 MB (float64: 128) besides copies of u and v.  Raises ValueError for unequal shapes or embeddings that
+    are not finite. """
     if u.ndim != 2 or u.shape != v.shape or len(u) == 0:
         raise ValueError(f"u {tuple(u.shape)} and v {tuple(v.shape)}: give two [N, D] tensors of one shape")
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
@@ -110,20 +109,19 @@ def rank_values(ranks: np.ndarray) -> dict[str, np.ndarray]:
 def retrieval_metrics(u: Tensor, v: Tensor) -> dict[str, float]:
     """How well the partner of each row is found among all rows of the other view, by cosine similarity.
 
-    Returns u2v_R1, u2v_R5, u2v_R10 (shares between 0 and 1), u2v_mean_rank, u2v_median_rank (from 1; the mean of
-    the middle two where N is even), u2v_mrr (mean reciprocal rank), and the same with v2u_.  Ties count against
-    the model.  u, v and errors: see partner_ranks.
-    """
+    Returns u2v_R1, u2v_R5, u2v_R10 (shares between 0 and 1), u2v_mean_rank, u2v_median_rank (from 1; the
+    mean of the middle two where N is even), u2v_mrr (mean reciprocal rank), and the same with v2u_.  Ties
+    count against the model.  u, v and errors: see partner_ranks. """
     return {name: float(x.mean()) for name, x in rank_values(partner_ranks(u, v).cpu().numpy()).items()}
 
 
-# ------------------------------------------------------------------------------------------ tasks
-# Each gives arrays that all scores can be computed from, and which are kept. views(images, generator): views_of() of
-# the run; name: of the progress. The others are in corruptions.py.
+# -------------------------------------------------------------------------------- tasks
+# Each gives arrays that all scores can be computed from, and which are kept. views(images, generator):
+# views_of() of the run; name: of the progress. The others are in corruptions.py.
 def two_views(model: nn.Module, views: Callable, images: Tensor, rows: Tensor, repeats: int, seed: int,
               name: str) -> dict[str, np.ndarray]:
-    """ranks [repeats, 2, n] of the partner views of images[rows]; first_by_inner_product, whether they are first
-    by that, likewise; and neighbours [Q, 5], of a few the nearest in the first draw."""
+    """ranks [repeats, 2, n] of the partner views of images[rows]; first_by_inner_product, whether they are
+    first by that, likewise; and neighbours [Q, 5], of a few the nearest in the first draw."""
     ranks, first, tick = [], [], cli.progress(name, repeats * len(rows), "images")
     for repeat in range(repeats):
         u, v = embed(model, views(images, torch.Generator().manual_seed(1000 * seed + repeat)), rows,
@@ -156,8 +154,8 @@ def batch_losses(model: nn.Module, views: Callable, images: Tensor, rows: Tensor
 
 
 def score_values(task: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Values [m, n] of n images, by score: its mean is the score. Those of compare.NAMES are in 0 to 1; the first
-    is what runs are judged by, of zeros and ones. In m, draws of views come first."""
+    """Values [m, n] of n images, by score: its mean is the score. Those of compare.NAMES are in 0 to 1; the
+    first is what runs are judged by, of zeros and ones. In m, draws of views come first."""
     if task == LOSSES:
         return {kind: x[None] for kind, x in arrays.items()}
     if task == "probe":
@@ -173,14 +171,15 @@ def score_values(task: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def summary(values: dict[str, np.ndarray], draws: int) -> dict[str, dict]:
-    """Mean of each score, and its standard errors over images and over draws of views; None where there is one."""
+    """Mean of each score, and its standard errors over images and over draws of views; None where there is
+    one."""
     def error(x: np.ndarray) -> float | None:
         return float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
     return {name: {"mean": float(x.mean(0).mean()), "se_images": error(x.mean(0)),
                    "se_draws": error(x.reshape(draws, -1).mean(1))} for name, x in values.items()}
 
 
-# ------------------------------------------------------------------------------------------ a run's scores
+# -------------------------------------------------------------------------------- a run's scores
 def load_checkpoint(path: Path, knobs: dict) -> ContrastiveModel:
     """The network of a checkpoint, in eval mode; knobs: of the run's config.json. Raises Stop."""
     try:
@@ -197,15 +196,17 @@ def load_checkpoint(path: Path, knobs: dict) -> ContrastiveModel:
         raise Stop(f"{path} cannot be used ({type(error).__name__}): it is damaged or not of train.py; give "
                    "another run, or train it again") from None
     if differences:
-        raise Stop(f"{path} is the checkpoint of another run ({'; '.join(differences)}): put back the one that "
-                   "belongs there")
+        raise Stop(f"{path} is the checkpoint of another run ({'; '.join(differences)}): put back the one "
+                   "that belongs there")
     return model.eval()
 
 
 def load(run: compare.Run, split: str, folder: Path, limit: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Images and labels of a split of the run's data, and the rows of `limit` of them, spread over the classes."""
-    images, labels = data.load(run.knobs["dataset"], split, folder, source_size=run.knobs["source_size"],
-                               skip_broken=run.knobs["skip_broken"], **({"num_images": limit} if limit else {}))
+    """Images and labels of a split of the run's data, and the rows of `limit` of them, spread over the
+    classes."""
+    knobs, number = run.knobs, {"num_images": limit} if limit else {}
+    images, labels = data.load(knobs["dataset"], split, folder, source_size=knobs["source_size"],
+                               skip_broken=knobs["skip_broken"], **number)
     return images, labels, data.limit_indices(labels, min(limit or len(images), len(images)))
 
 
@@ -239,12 +240,13 @@ def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
         name = corruptions.OFFICIAL[dataset][0] if official else "built-in"
         tasks[f"corruptions, {name}"] = {"images": knobs["corruption_limit"] or (40 if quick else limit)}
     tasks |= {"probe": {}} if knobs["probe"] else {}
-    settings = {LOSSES: {"task": LOSSES, "recalibrate_batches": 0}} if knobs["histograms"] else {}
-    for batches in (0, *[knobs["recalibrate_batches"]] * knobs["recalibrate"]):
-        settings |= {title + ", recalibrated" * (batches > 0): {"task": title, **own, "recalibrate_batches": batches}
-                     for title, own in tasks.items()}
-    return {title: {**s, "limit": limit, "seed": knobs["seed"],
-                    "code": code("samplers.py") if title == LOSSES else code()} for title, s in settings.items()}
+    common = {"limit": limit, "seed": knobs["seed"], "recalibrate_batches": 0, "code": code()}
+    settings = {title: {"task": title, **own, **common} for title, own in tasks.items()}
+    if knobs["recalibrate"]:
+        batches = {"recalibrate_batches": knobs["recalibrate_batches"]}
+        settings |= {f"{title}, recalibrated": settings[title] | batches for title in tasks}
+    losses = {LOSSES: {"task": LOSSES, **common, "code": code("samplers.py")}}
+    return losses | settings if knobs["histograms"] else settings
 
 
 def settle(run: compare.Run, knobs: dict) -> tuple[dict[str, dict], Path, tuple, tuple]:
@@ -297,8 +299,8 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, train: tupl
             yield title, two_views(model, views, images, rows, s["repeats"], seed, name)
         elif s["task"] == LOSSES:
             few = train_rows[data.limit_indices(train_labels[train_rows], max(MOST, knobs["batch_size"]))]
-            yield title, batch_losses(model, views, train_images, few, knobs["batch_size"], knobs["temperature"],
-                                      seed, name)
+            yield title, batch_losses(model, views, train_images, few, knobs["batch_size"],
+                                      knobs["temperature"], seed, name)
         elif s["task"] == "probe":
             sets = [(train_images, train_rows, train_labels), (images, rows, labels)]
             yield title, corruptions.probe(model.encoder, sets, knobs["image_size"],
@@ -317,14 +319,14 @@ def kept(run: compare.Run, settings: dict[str, dict]) -> tuple[dict[str, dict], 
         record = {key: entry for key, entry in json.loads((run.folder / "results.json").read_text()).items()
                   if (entry["settings"]["checkpoint"], entry["settings"]["code"]) in valid
                   and any(name.startswith(f"{key}/") for name in arrays)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error):
         return {}, {}
     return record, {name: x for name, x in arrays.items() if name.split("/")[0] in record}
 
 
 def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> tuple[compare.Run, dict[str, dict]]:
-    """The run with its scores, and by title the arrays that they come from: from results.json and .npz beside the
-    checkpoint, or computed and kept there. Raises Stop."""
+    """The run with its scores, and by title the arrays that they come from: from results.json and .npz
+    beside the checkpoint, or computed and kept there. Raises Stop."""
     settings, *where = settle(run, knobs)
     keys = {title: " ".join(f"{name}={x}" for name, x in s.items()) for title, s in settings.items()}
     record, arrays = kept(run, settings)
@@ -343,9 +345,9 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> tuple[compa
             np.savez_compressed(buffer := io.BytesIO(), **arrays)
             cli.write_atomically(run.folder / "results.npz", buffer.getbuffer())
             cli.write_atomically(run.folder / "results.json", json.dumps(record, indent=1).encode())
-            words = [f"{compare.NAMES[name]} {100 * x['mean']:.1f} %" for name, x in scores.items()
-                     if name in compare.NAMES][:1] or [f"{kind} {x['mean']:.3f}" for kind, x in scores.items()]
-            print(f"{run.folder}: {title}, {n:,} {'batches' if title == LOSSES else 'images'}: {', '.join(words)} "
+            means = [(compare.NAMES.get(name, name), x["mean"]) for name, x in scores.items()]
+            words = "batches: {} {:.3f}, {} {:.3f}" if title == LOSSES else "images: {} {:.1%}"
+            print(f"{run.folder}: {title}, {n:,} {words.format(*sum(means, ()))} "
                   f"({time.perf_counter() - began:.0f} s)", flush=True)
             began = time.perf_counter()
     except (ValueError, OSError) as error:
@@ -357,17 +359,18 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> tuple[compa
                 for title, key in keys.items()}
     of_tables = {}
     for title in [x for x in keys if x != LOSSES]:
-        values = score_values(settings[title]["task"], by_title[title])
-        of_tables[title] = {"values": {name: x.mean(0) for name, x in values.items() if name in compare.NAMES},
-                            "parts": len(next(iter(values.values()))), "images_digest":
-                            settings[title]["images_digest"], "images": record[keys[title]]["images"],
-                            "scores": record[keys[title]]["scores"]}
+        values, entry = score_values(settings[title]["task"], by_title[title]), record[keys[title]]
+        of_tables[title] = {"images": entry["images"], "images_digest": settings[title]["images_digest"],
+                            "values": {x: y.mean(0) for x, y in values.items() if x in compare.NAMES},
+                            "parts": len(next(iter(values.values()))), "scores": entry["scores"]}
     return run._replace(scores=of_tables), by_title
 
 
-# ------------------------------------------------------------------------------------------ figures
-def few_views(run: compare.Run, knobs: dict, images: Tensor, rows: Tensor, few: list[int]) -> dict[int, np.ndarray]:
-    """Of some of images[rows], by position, both views of the first draw of two_views(), [2, S, S, 3] in 0 to 1."""
+# -------------------------------------------------------------------------------- figures
+def few_views(run: compare.Run, knobs: dict, images: Tensor, rows: Tensor,
+              few: list[int]) -> dict[int, np.ndarray]:
+    """Of some of images[rows], by position, both views of the first draw of two_views(), [2, S, S, 3] in 0
+    to 1."""
     view = views_by(run, torch.device("cpu"))(images, torch.Generator().manual_seed(1000 * knobs["seed"]))
     mean, std = (np.array(x) for x in data.STATISTICS[run.knobs["dataset"]])
     position, pictures = {rows[i].item(): i for i in few}, {}
@@ -386,8 +389,9 @@ def few_views(run: compare.Run, knobs: dict, images: Tensor, rows: Tensor, few: 
 
 
 def draw_neighbours(nearest: dict[str, np.ndarray], run: compare.Run, knobs: dict):
-    """The second views nearest to the first views of a few images: the partner framed in green, another image of
-    its class in orange.  nearest: by the name of a line, indices [Q, 5]; run: one of those, for its views."""
+    """The second views nearest to the first views of a few images: the partner framed in green, another
+    image of its class in orange.  nearest: by the name of a line, indices [Q, 5]; run: one of those, for its
+    views."""
     clean, limit = corruptions.clean_folder(data_folder(run, knobs)), plan(run, knobs)["two views"]["limit"]
     images, labels, rows = load(run, "val", clean, limit)
     queries, labels = query_rows(len(rows)).tolist(), labels[rows].tolist()
@@ -406,8 +410,9 @@ def draw_neighbours(nearest: dict[str, np.ndarray], run: compare.Run, knobs: dic
     for j, query in enumerate(queries):
         axes[0, j].imshow(framed(pictures[query][0], white))
         for axis, found in zip(axes[1:, j], nearest.values()):
-            axis.imshow(np.concatenate([framed(pictures[i][1], green if i == query else orange
-                                               if labels[i] == labels[query] else white) for i in found[j]], 1))
+            colours = [orange if labels[i] == labels[query] else white for i in found[j]]
+            axis.imshow(np.concatenate([framed(pictures[i][1], green if i == query else colour)
+                                        for i, colour in zip(found[j], colours)], 1))
     for axis, name in zip(axes[:, 0], ("view 1 of", *nearest)):
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
     for axis in axes.flat:
@@ -446,7 +451,7 @@ def main(argv: list[str]) -> None:
     record |= compare.show(runs, groups, knobs["target"], out / "curve" if knobs["curve"] else None)
     for path in exports:
         cli.write_atomically(path, compare.export(runs))
-    names = {i: f"{group}, seed {runs[i].knobs['seed']}" for group, members in groups.items() for i in members}
+    names = {i: f"{group}, seed {runs[i].knobs['seed']}" for group, x in groups.items() for i in x}
     nearest = {names[x[0]] if len(x) > 1 else group: found[x[0]]["two views"]["neighbours"]
                for group, x in groups.items()}
     figures = {"neighbours": draw_neighbours(nearest, runs[0], knobs)}
@@ -458,8 +463,8 @@ def main(argv: list[str]) -> None:
     for name, figure in figures.items():
         cli.save_figure(figure, out / name)
     cli.write_atomically(out / "retrieval.json", json.dumps(record, indent=1).encode())
-    written = [*(out / f"{name}.png" for name in ["curve"] * knobs["curve"] + [*figures]), out / "retrieval.json"]
-    print(f"\n{', '.join(map(str, written + exports))}")
+    drawn = [out / f"{name}.png" for name in ["curve"] * knobs["curve"] + [*figures]]
+    print(f"\n{', '.join(map(str, [*drawn, out / 'retrieval.json', *exports]))}")
 
 
 if __name__ == "__main__":
