@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import zlib
@@ -70,7 +71,8 @@ def read_runs(words: list[str]) -> list[Run]:
     for word in words:
         found = [str(cli.expand(word))]
         if glob.has_magic(word) and not Path(found[0]).is_dir():
-            found = [x for x in sorted(glob.glob(found[0])) if ".old-" not in x and Path(x).is_dir()]
+            found = [x for x in sorted(glob.glob(found[0]))
+                     if Path(x).is_dir() and ".old-" not in Path(x).name]
         if not found:
             raise Stop(f"{word} matches no folder: give folders that hold a result.json")
         folders |= {Path(x).resolve(): Path(x) for x in found}
@@ -247,8 +249,8 @@ def aligned(lines: list[list[str]]) -> str:
 
 
 def spread(mean: float | None, ends: list | None = None, form: str = ".1f", scale: float = 100) -> str:
-    """A number and its interval to read, shares in percent; of an infinite one: not reached."""
-    x, *ends = ["not reached" if y is None else format(scale * y, form) for y in (mean, *(ends or ()))]
+    """A number and its interval to read, shares in percent; None: never."""
+    x, *ends = ["never" if y is None else format(scale * y, form) for y in (mean, *(ends or ()))]
     return x + f" [{', '.join(ends)}]" * bool(ends)
 
 
@@ -257,7 +259,7 @@ def table_text(rows: list[dict]) -> str:
     names = [name for name in rows[0] if name in NAMES]
     severities = [name for name in names if name.startswith("severity")]
     single = [name for name in names[1:] if name not in severities]
-    lines = [["", "seeds", f"{NAMES[names[0]]} (%)", f"less {rows[0]['group']}'s", "", "seconds, selecting",
+    lines = [["", "seeds", f"{NAMES[names[0]]} (%)", f"less {rows[0]['group']}'s", "", "seconds (selecting)",
               *["at severity 1 to 5"] * bool(severities), *(NAMES[name] for name in single)]]
     for row in rows:
         seeds = row["difference_seeds"] or row["seeds"]  # which can be fewer
@@ -267,7 +269,7 @@ def table_text(rows: list[dict]) -> str:
         lines.append([row["group"], f"{row['seeds']}{marks}",
                       spread(row[names[0]], row[f"{names[0]}_interval"]),
                       "" if row is rows[0] else spread(*change), row["verdict"],
-                      "{:,.0f}, {:,.0f}".format(*seconds),
+                      "{:,.0f} ({:,.0f})".format(*seconds),
                       *[" ".join(spread(row[name]) for name in severities)] * bool(severities),
                       *(spread(row[name]) for name in single)])
     cells = "".join(line[1] for line in lines[1:])
@@ -357,7 +359,7 @@ def cost_text(rows: list[dict]) -> str:
         line = [row["group"], str(row["seeds"])]
         for axis in ("steps", "seconds"):
             ratio = spread(row[f"{axis}_ratio"], row[f"{axis}_ratio_interval"], ".2f", 1)
-            needless = row is rows[0] or ratio == "not reached"
+            needless = row is rows[0] or row[axis] is None and ratio.count("never") != 2
             line += [spread(row[axis], None, ",.0f", 1), "" if needless else ratio]
         gain = row is not rows[0] and row["gain"] is not None
         lines.append([*line, spread(row["gain"], row["gain_interval"], "+.1f") if gain else ""])
@@ -433,4 +435,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its output may be cut, as by head
     sys.exit(cli.run(main, "compare.py"))

@@ -1,5 +1,5 @@
 """Further questions to a trained network, which retrieval.py asks: the partner among an image's own corrupted
-versions (--corruptions), and what the features are worth to a classifier (--probe).
+versions (--corruptions), how hard batches are for it (--histograms), what its features are worth (--probe).
 
     corrupted = official("cifar100", Path("data"), labels, 32)   # a published set; or built_in(images, seed)
     pictures = corrupted(rows, severity=3)                       # uint8 [len(rows), C, 3, H, W]
@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 
 import cli
 import data
+import samplers
 from model import embed
 
 # -------------------------------------------------------------------------------- the published sets
@@ -273,6 +274,34 @@ def own_versions(model: nn.Module, views: Callable, rows: Tensor, corrupted: Cal
             found.append(own_version_ranks(u.unflatten(0, shape), v.unflatten(0, shape)))
         ranks.append(torch.cat(found, 1))
     return {"ranks": torch.stack(ranks).cpu().numpy().astype(np.uint8)}
+
+
+def batch_losses(model: nn.Module, views: Callable, images: Tensor, rows: Tensor, batch_size: int,
+                 temperature: float, seed: int, name: str) -> dict[str, np.ndarray]:
+    """NT-Xent [n // B] of random and of spectral batches of the same projections of images[rows]."""
+    generator = Generator().manual_seed(seed)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    u, v = embed(model, views(images, generator), rows, on_chunk=cli.progress(name, len(rows), "images"))
+    window = min(40, len(rows) // batch_size)  # the paper's, in batches
+    chosen = {"random": samplers.random_batches(len(rows), batch_size, generator).to(u.device),
+              "spectral": samplers.spectral_batches(u, v, batch_size, window, temperature, generator)}
+    return {kind: samplers.batch_losses(u, v, x, temperature).cpu().numpy() for kind, x in chosen.items()}
+
+
+def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
+    """Histograms of what batch_losses() gave, of each run by its name."""
+    columns = min(3, len(losses))
+    lines = -(-len(losses) // columns)
+    figure, axes = cli.canvas(lines, columns, 2.4 * columns, 0.6 + 1.6 * lines)
+    for axis, (name, found) in zip(axes.flat, losses.items()):
+        bins = np.histogram_bin_edges(np.concatenate([*found.values()]), 30)
+        for kind, x in found.items():
+            axis.hist(x, bins, color=cli.COLOURS[kind], alpha=0.6, label=kind)
+        axis.set(title=name, xlabel="NT-Xent of a batch", ylabel="batches")
+    for axis in axes.flat[len(losses):]:
+        axis.set_axis_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
 
 
 def neighbour_classes(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:

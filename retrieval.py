@@ -32,7 +32,6 @@ import cli
 import compare
 import corruptions
 import data
-import samplers
 from augment import views_of
 from cli import Stop
 from model import ContrastiveModel, embed
@@ -56,7 +55,7 @@ KNOBS = {
     "export": (None, str, "file for compare.py, FILE.json.gz: all that its tables and curves are made of"),
     **compare.KNOBS,
 }
-LOSSES, WINDOW, MOST = "batch losses", 40, 4096  # that task; batches in a spectral window; images
+LOSSES, MOST = "batch losses", 4096  # the task of --histograms, and its images
 QUERIES, NEAREST = 4, 5  # of the picture of neighbours
 # Scores depend on these files; batch losses on samplers.py as well.
 MADE_BY = ("retrieval.py", "corruptions.py", "model.py", "augment.py", "data.py", "deadleaves.py")
@@ -139,18 +138,6 @@ def two_views(model: nn.Module, views: Callable, images: Tensor, rows: Tensor, r
 def query_rows(n: int) -> Tensor:
     """Which of n images have their neighbours drawn: some, spread over all."""
     return torch.linspace(0, n - 1, min(QUERIES, n)).round().long()
-
-
-def batch_losses(model: nn.Module, views: Callable, images: Tensor, rows: Tensor, batch_size: int,
-                 temperature: float, seed: int, name: str) -> dict[str, np.ndarray]:
-    """NT-Xent [n // B] of random and of spectral batches of the same projections of images[rows]."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = rows[torch.randperm(len(rows), generator=generator)]
-    u, v = embed(model, views(images, generator), rows, on_chunk=cli.progress(name, len(rows), "images"))
-    k = min(WINDOW, len(rows) // batch_size)
-    chosen = {"random": samplers.random_batches(len(rows), batch_size, generator).to(u.device),
-              "spectral": samplers.spectral_batches(u, v, batch_size, k, temperature, generator)}
-    return {kind: samplers.batch_losses(u, v, x, temperature).cpu().numpy() for kind, x in chosen.items()}
 
 
 def score_values(task: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -299,8 +286,8 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, train: tupl
             yield title, two_views(model, views, images, rows, s["repeats"], seed, name)
         elif s["task"] == LOSSES:
             few = train_rows[data.limit_indices(train_labels[train_rows], max(MOST, knobs["batch_size"]))]
-            yield title, batch_losses(model, views, train_images, few, knobs["batch_size"],
-                                      knobs["temperature"], seed, name)
+            yield title, corruptions.batch_losses(model, views, train_images, few, knobs["batch_size"],
+                                                  knobs["temperature"], seed, name)
         elif s["task"] == "probe":
             sets = [(train_images, train_rows, train_labels), (images, rows, labels)]
             yield title, corruptions.probe(model.encoder, sets, knobs["image_size"],
@@ -422,22 +409,6 @@ def draw_neighbours(nearest: dict[str, np.ndarray], run: compare.Run, knobs: dic
     return figure
 
 
-def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
-    """Histograms of the losses of random and of spectral batches, of each run by its name."""
-    columns = min(3, len(losses))
-    lines = -(-len(losses) // columns)
-    figure, axes = cli.canvas(lines, columns, 2.4 * columns, 0.4 + 1.8 * lines)
-    for axis, (name, found) in zip(axes.flat, losses.items()):
-        bins = np.histogram_bin_edges(np.concatenate(list(found.values())), 30)
-        for kind, x in found.items():
-            axis.hist(x, bins, color=cli.COLOURS[kind], alpha=0.6, label=kind)
-        axis.set(title=name, xlabel="NT-Xent of a batch", ylabel="batches")
-    for axis in axes.flat[len(losses):]:
-        axis.set_axis_off()
-    axes[0, 0].legend()
-    return figure
-
-
 def main(argv: list[str]) -> None:
     knobs, _ = cli.parse(argv, __doc__, KNOBS, {}, "runs")
     device, runs = cli.pick_device(knobs["device"]), compare.read_runs(knobs["runs"])
@@ -457,7 +428,7 @@ def main(argv: list[str]) -> None:
     figures = {"neighbours": draw_neighbours(nearest, runs[0], knobs)}
     if knobs["histograms"]:
         losses = {name: found[i][LOSSES] for i, name in names.items()}
-        figures["histograms"] = draw_histograms(losses)
+        figures["histograms"] = corruptions.draw_histograms(losses)
         record["histograms"] = {name: {kind: [round(x, 4) for x in own[kind].tolist()] for kind in own}
                                 for name, own in losses.items()}
     for name, figure in figures.items():

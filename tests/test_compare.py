@@ -15,29 +15,6 @@ from test_retrieval import refusal
 KNOBS = {name: default for name, (default, *_) in train.KNOBS.items()} | {"limit": 64, "image_size": 32}
 
 
-def scores(rng, images, seeds, gain=0.0, n=200):
-    """Made-up R@1 [n] by seed: images of different difficulty, seeds of different luck, chance."""
-    return {s: (rng.random(n) < 1 / (1 + np.exp(-images - gain - 0.1 * rng.normal()))).astype(float)
-            for s in range(seeds)}
-
-
-@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
-def test_a_difference_is_found_and_none_is_not(seeds):
-    rng = np.random.default_rng(seeds)
-    rates = {}
-    for gain in (0, 1.5, -1.5):
-        words = []
-        for draw in range(150):
-            images = rng.normal(size=200)
-            x, y = scores(rng, images, seeds, gain), scores(rng, images, seeds)
-            words.append(compare.verdict(*compare.interval(compare.difference(x, y))[1:]))
-        rates[gain] = {word: words.count(word) / 150 for word in ("better", "worse", "not settled")}
-    assert rates[0]["not settled"] > (0.8 if seeds == 1 else 0.92)  # one seed says nothing of other seeds
-    assert seeds == 2 or rates[0]["not settled"] < 1  # nor is it always said
-    if seeds != 2:  # two seeds tell too little
-        assert rates[1.5]["better"] > 0.9 and rates[-1.5]["worse"] > 0.9
-
-
 @pytest.mark.parametrize("seeds", [2, 3, 6])
 @pytest.mark.parametrize("luck", [0, 0.02, 0.1])
 def test_intervals_cover_the_truth(seeds, luck):
@@ -51,15 +28,6 @@ def test_intervals_cover_the_truth(seeds, luck):
                 for _ in range(2))
         hit += [low <= 0 <= high for _, low, high in (compare.interval([x]), compare.interval([x, -y]))]
     assert (hit / 300 > 0.92).all(), hit
-
-
-def test_pairs_by_image_are_narrower():
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=400)
-    x, y = ({s: images + 0.1 * rng.normal(size=400) for s in range(3)} for _ in range(2))
-    apart = {s: rng.permutation(one) for s, one in y.items()}
-    paired, unpaired = (compare.interval(compare.difference(x, other)) for other in (y, apart))
-    assert paired[2] - paired[1] < 0.5 * (unpaired[2] - unpaired[1])
 
 
 def test_intervals_of_means():
@@ -165,7 +133,7 @@ def test_table_says_what_the_interval_is_over():
     body = {line.split()[0]: line for line in text if line.split()[0] in rows}
     assert f"{100 * mean['osgd']:.1f} [" in body["osgd"]
     assert f"[{100 * low:+.1f}, {100 * high:+.1f}]" in body["osgd"]
-    assert body["osgd"].split()[-5:] == ["better", "13,", "2", "70.0", "35.0"]
+    assert body["osgd"].split()[-5:] == ["better", "13", "(2)", "70.0", "35.0"]
     assert " 1* " in body["refined"] and " 3 " in body["osgd"] and "over images only" in text[-1]
     assert max(map(len, text)) <= 110
 
@@ -213,7 +181,7 @@ def test_cost_to_a_target():
     assert rows["spectral"]["steps"] is None
     assert rows["spectral"]["steps_ratio_interval"] is None and rows["spectral"]["gain_interval"] is None
     text = {line.split()[0]: line for line in compare.cost_text(list(rows.values())).splitlines()}
-    assert "not reached" in text["spectral"] and "not reached" not in text["osgd"]
+    assert text["spectral"].count("never") == 2 and "never" not in text["osgd"]
     assert text["osgd"].endswith(" +40.0 [+40.0, +40.0]") and text["spectral"].endswith(" -30.0")  # of seed 0
     assert text["random"].split() == ["random", "3", "100", "60"]
     assert f"0.51 [{low:.2f}, {high:.2f}]" in text["osgd"]
