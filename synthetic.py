@@ -26,8 +26,8 @@ from cli import COLOURS, Stop, canvas, progress
 from model import infonce
 from samplers import all_batches, batch_losses, spectral_batches
 from theory import (METHODS, Matching, angle_losses, claim, cross_polytope, cross_polytope_loss, descend,
-                    digits, etf, etf_loss, evaluations, growth, interval, nearest, race, start, start_released,
-                    toy_steps, train)
+                    digits, etf, etf_loss, evaluations, growth, interval, nearest, race, start,
+                    start_released, toy_steps, train)
 
 KNOBS = {
     "experiment": ("all", ("all", "toy", "angle", "optima", "convergence", "subsets", "histograms",
@@ -43,7 +43,8 @@ KNOBS = {
     "quick": (False, bool, "fewer seeds and steps; leaves out temperature and scaling"),
 }
 ABOVE_1 = math.nextafter(1, 2), inf  # an interval that ends at 1 does not lie in it
-CHOOSING = "osgd-direct", "osgd-replacement", "osgd", "spectral"  # the paper's that look first
+OF_PAPER = [method for method in METHODS if method != "refined"]
+CHOOSING = "osgd-direct", "osgd-replacement", "osgd", "spectral"  # those that look before they step
 
 
 def setting(knobs: dict, seeds: int, steps: int, quick_seeds: int, quick_steps: int):
@@ -117,17 +118,18 @@ def toy(knobs: dict):
 def angle(knobs: dict):
     """Losses as u_1 turns, the others on a decagon: other values, same minimiser; N = 10, B = 2, d = 2."""
     degrees = torch.arange(-180, 180.25, 0.25, **setting(knobs, 2, 1, 2, 1)[-1])
-    losses = {method: x.cpu() for method, x in angle_losses(degrees).items()}
-    least = {method: degrees[x.argmin()].item() for method, x in losses.items()}
+    losses = {method: x.cpu().numpy() for method, x in angle_losses(degrees).items()}
+    degrees = degrees.cpu().numpy()
+    least = {method: float(degrees[x.argmin()]) for method, x in losses.items()}
     figure, axes = canvas(1, 3, 7.2, 2.3)
     titles = "full batch of 10", "mean over all 45 batches of 2", "mean over 5 fixed batches of 2"
     for axis, title, (method, x) in zip(axes[0], titles, losses.items()):
-        axis.plot(degrees.cpu(), x, color=METHODS[method][1])
+        axis.plot(degrees, x, color=METHODS[method][1])
         axis.axvline(least[method], color="black", linewidth=0.6, linestyle=":")
         axis.set(title=title, xlabel="angle of $u_1$ (degrees)", xticks=range(-180, 181, 90))
     axes[0, 0].set_ylabel("loss (dotted: its minimum)")
     full, ncb, fixed = least.values()
-    difference = (losses["full"] - losses["ncb"]).min().item()
+    difference = float((losses["full"] - losses["ncb"]).min())
     claims = [claim("the full batch and all batches of 2 have the same minimiser", abs(full - ncb), (0, 0.25),
                     "angle between their minima in degrees <= 0.25, the grid's step"),
               claim("the full batch's loss has other values than the mean of all batches of 2", difference,
@@ -140,16 +142,15 @@ def angle(knobs: dict):
 def optima(knobs: dict):
     """Where each method ends: U V^T beside the optimum's, its relative distance and full-batch loss."""
     runs, steps, generator, kind = setting(knobs, 8, 1200, 8, 300)
-    methods = [method for method in METHODS if method != "refined"]
     largest = 8 if knobs["quick"] else 16
     sizes = [(n, b, ratio) for ratio in (2, 0.5) for n in (4, 8, 16) for b in (2, 4) if n <= largest]
-    figure, axes = canvas(len(sizes), len(methods) + 1, 7.2, 0.64 * len(sizes) + 0.9)
-    tick, numbers = progress("optima", len(sizes) * len(methods), "trainings"), []
+    figure, axes = canvas(len(sizes), len(OF_PAPER) + 1, 7.2, 0.64 * len(sizes) + 0.9)
+    tick, numbers = progress("optima", len(sizes) * len(OF_PAPER), "trainings"), []
     for (n, b, ratio), line in zip(sizes, axes):
         d, pairs = int(ratio * n), torch.arange(n).view(-1, 2)
         matching, optimum, target = (None, etf_loss(n), etf(n)) if ratio == 2 else \
             (Matching(n), cross_polytope_loss(n), cross_polytope(torch.arange(n).roll(n // 2)).float())
-        for method, axis in zip(methods, line[1:]):
+        for method, axis in zip(OF_PAPER, line[1:]):
             u, v = start(runs, n, d, knobs["seed"], **kind)
             # Without noise all it takes is time. All batches together pull a pair (B-1)/(N-1) times as hard
             # as the full batch does.
@@ -165,11 +166,11 @@ def optima(knobs: dict):
             if matching is not None:  # one of each opposite pair, then their partners
                 partner = matching((u @ v.mT + v @ u.mT)[:1].cpu())[0]
                 order = torch.cat([order[order < partner], partner[order < partner]])
-            axis.imshow((u[0].cpu() @ v[0].cpu().T)[order][:, order], vmin=-1, vmax=1, cmap="RdBu_r")
+            axis.imshow((u[0] @ v[0].T).cpu()[order][:, order].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             tick(len(numbers))
-        picture = line[0].imshow(target, vmin=-1, vmax=1, cmap="RdBu_r")
+        picture = line[0].imshow(target.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         line[0].set_ylabel(f"N={n} B={b}\nd={d}", rotation=0, ha="right", va="center")
-    for axis, label in zip(axes[0], ["optimum"] + [METHODS[method][0] for method in methods]):
+    for axis, label in zip(axes[0], ["optimum"] + [METHODS[method][0] for method in OF_PAPER]):
         axis.set_title(label.replace(" with ", " with\n"), rotation=40, ha="left", x=0.2)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -185,7 +186,7 @@ def optima_claims(numbers: list[dict], ratio: float, name: str, form: str) -> li
     def runs_of(method: str, key: str, largest: int = 8) -> np.ndarray:  # [settings, R]
         return np.array([x[key] for x in numbers if x["method"] == method and x["d"] == ratio * x["n"]
                          and x["batch_size"] <= min(largest, x["n"] - 1)])  # B = N is the full batch
-    far, above = ({method: runs_of(method, key) for method in METHODS if method != "refined"}
+    far, above = ({method: runs_of(method, key) for method in OF_PAPER}
                   for key in ("relative_distance", "above_optimum"))
     claims = []
     for method in ("full", "ncb"):
@@ -213,16 +214,16 @@ def optima_claims(numbers: list[dict], ratio: float, name: str, form: str) -> li
 def convergence(knobs: dict):
     """Distance to the optimum against steps and pairs evaluated; B = 2, N = 8, and 4 and 16 as released."""
     runs, steps, generator, kind = setting(knobs, 32, 1500, 24, 200)
-    lr = knobs["lr"]
-    rows = (8, lr, False), (8, lr / 10, False), (4, lr, True), (8, lr, True), (16, lr, True)  # as released?
-    methods = "sgd", *(x for x in METHODS if x not in ("sgd", "refined"))
+    given = knobs["lr"]
+    rows = (8, given, False), (8, given / 10, False), *((n, given, True) for n in (4, 8, 16))  # released?
+    methods = sorted(OF_PAPER, key="sgd".__ne__)  # SGD first, whom the others race
     figure, axes = canvas(len(rows), 4, 9.6, 9.0, sharex="col", sharey="row")
     claims, numbers = [], []
     tick = progress("convergence", 2 * len(rows) * len(methods), "trainings")
     for line, (n, lr, released) in zip(axes, rows):
         rule = f"N = {n}, " + ("released dynamics" if released else f"step size {lr:g}")
-        own_steps, every = max(1, steps * n // 8), 4 if n > 8 else 1
-        shown = np.unique(np.geomspace(1, max(1, own_steps // every), 80).astype(int))
+        own_steps, every = max(4, steps * n // 8), 4 if n > 8 else 1
+        shown = np.unique(np.geomspace(1, own_steps // every, 80).astype(int))
         sides = ("ETF", 2 * n, None, line[:2]), ("cross-polytope", n // 2, Matching(n), line[2:])
         for name, d, matching, pair in sides:
             distances = {}
@@ -230,9 +231,9 @@ def convergence(knobs: dict):
                 u, v, lengths = start_released(runs, n, d, knobs["seed"], **kind)
                 distances[method] = train(method, u, v, 2, own_steps, lr, generator, 1.0, every, matching,
                                           lengths if released else None).cpu()
+                curve = distances[method][:, shown].numpy()
                 for axis, cost in zip(pair, (1, sum(evaluations(method, n, 2)))):
-                    band(axis, shown * every * cost, distances[method][:, shown % distances[method].shape[1]],
-                         *METHODS[method])
+                    band(axis, shown * every * cost, curve, *METHODS[method])
                 tick(len(numbers) + len(distances))
             tolerance = nearest([distances["sgd"]], 0.1)
             closer = [t for t in (3.0, 2.0, 1.0, 0.5, 0.2, 0.1) if t < tolerance]
@@ -240,10 +241,10 @@ def convergence(knobs: dict):
             for x in found:
                 x["pairs_in_a_gradient"], x["pairs_scored"] = evaluations(x["method"], n, 2)
                 x["steps"] = (shown * every).tolist()
-                curve = distances[x["method"]][:, shown]
+                curve = distances[x["method"]][:, shown].numpy()
                 x["distance_quartiles"] = np.quantile(curve, (0.25, 0.5, 0.75), 0).tolist()
             numbers += found
-            asked_by = "us" if lr < knobs["lr"] else "paper"
+            asked_by = "us" if lr < given else "paper"
             claims += convergence_claims(found, tolerance, f"{name}, {rule}", asked_by)
         line[0].set(ylabel=f"{rule}\ndistance")
         plain_ticks(line[0], (1, 2, 5))
