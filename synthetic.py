@@ -399,7 +399,7 @@ def temperature(knobs: dict):
     """Does the lead of chosen batches grow or vanish as the temperature falls? N = 8, B = 2, d = 16."""
     runs, steps, generator, kind = setting(knobs, 32, 750, 8, 250)
     temperatures, methods = (1.0, 0.5, 0.2, 0.1), ("sgd", *CHOOSING)
-    figure, axes = canvas(1, 2, 7.2, 3.2)
+    figure, axes = canvas(1, 2, 7.2, 3.2, sharey=True)
     claims, numbers, tick = [], [], progress("temperature", 2 * len(temperatures), "temperatures")
     for axis, falling in zip(axes[0], (False, True)):
         curves = {t: {} for t in temperatures}
@@ -412,6 +412,7 @@ def temperature(knobs: dict):
         found = lead_against(axis, "temperature", curves, dict.fromkeys(curves, 1), title)
         claims += found[0]
         numbers += found[1]
+    axes[0, 0].set_ylabel("SGD's steps / own")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return claims, numbers, figure
 
@@ -419,7 +420,7 @@ def temperature(knobs: dict):
 def scaling(knobs: dict):
     """Does the lead of chosen batches grow with N? B = 2 and 8, d = 2N, k and q fixed parts of N."""
     runs, epochs, generator, kind = setting(knobs, 8, 60, 4, 20)
-    figure, axes = canvas(1, 2, 7.2, 3.2)
+    figure, axes = canvas(1, 2, 7.2, 3.2, sharey=True)
     claims, numbers = [], []
     for axis, b in zip(axes[0], (2, 8)):
         sizes = [n for n in (8, 16, 32, 64, 128, 256) if b < n <= (64 if knobs["quick"] else 256)]
@@ -433,6 +434,7 @@ def scaling(knobs: dict):
         found = lead_against(axis, "N", curves, every, f"B = {b}")
         claims += found[0]
         numbers += found[1]
+    axes[0, 0].set_ylabel("SGD's steps / own")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return claims, numbers, figure
 
@@ -458,8 +460,8 @@ def lead_against(axis, label: str, curves: dict, every: dict, title: str) -> tup
         text = f"{name}, {title}: lead over SGD at least as large at {label} {keys[-1]:g} as at {keys[0]:g}"
         claims.append(growth(text, leads[0], leads[-1], f"in steps to relative distance {tolerance:g}", "us"))
     axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
-    axis.set(title=f"{title}, to relative distance {tolerance:g}", xlabel=label, ylabel="SGD's steps / own",
-             xscale="log", xticks=keys, xticklabels=keys)
+    axis.set(title=f"{title}, to relative distance {tolerance:g}", xlabel=label, xscale="log", xticks=keys,
+             xticklabels=keys)
     axis.minorticks_off()
     plain_ticks(axis, (1, 1.5, 2, 3, 5))
     return claims, sum(found, [])
