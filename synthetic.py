@@ -248,6 +248,7 @@ def convergence(knobs: dict):
             claims += convergence_claims(found, tolerance, f"{name}, {rule}", asked_by)
         line[0].set(ylabel=f"{rule}\ndistance")
         plain_ticks(line[0], (1, 2, 5))
+        line[0].set_ylim(max(0.02, line[0].get_ylim()[0]), 8)  # the full batch goes on, to rounding errors
     for axis, title in zip(axes[0, ::2], ("to the ETF, d = 2N", "to the cross-polytope, d = N/2")):
         axis.set_title(title, loc="left")
     for axis, label in zip(axes[-1], ("steps", "pairs in a gradient or scored") * 2):
