@@ -121,10 +121,11 @@ def test_tiny_imagenet_c(tmp_path):
     for file in tmp_path.glob("*.zip"):
         file.unlink()
 
-    def refused(match):
+    def refused(match, labels=labels):
         with pytest.raises((ValueError, OSError), match=match) as error:
             corruptions.official("tinyimagenet", tmp_path, labels, 64)(torch.arange(3), 3)
         assert "\n" not in str(error.value)
+    refused("n02/val_0.JPEG is not in the folder of its class", 1 - labels)
     image = folder / "fog" / "3" / "n02" / "val_2.JPEG"
     whole = image.read_bytes()
     Image.new("RGB", (48, 70)).save(image)
@@ -217,7 +218,7 @@ def test_probe_at_another_size_and_of_one_class():
 
     def correct(size, labels=labels):
         sets = [(images, torch.arange(30), labels), (images, torch.arange(30, 60), labels)]
-        encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        encoder = nn.Sequential(nn.AvgPool2d(size), nn.Flatten())
         return corruptions.probe(encoder, sets, size, STATISTICS, torch.device("cpu"), 0, "")["correct"]
     assert correct(6).shape == (2, 30) and correct(6).dtype == bool
     assert (correct(6) == correct(9)).all()  # flat images stay as they are

@@ -238,8 +238,9 @@ def test_histograms_are_of_the_batches_of_the_samplers(runs, monkeypatch):
     run = compare.read_runs([str(runs / "osgd-1")])[0]
     run.knobs["temperature"] = 0.3
     torch.save(torch.load(run.folder / "checkpoint.pt", weights_only=True), run.folder / "checkpoint.pt")
-    seen, real = [], samplers.batch_losses
+    seen, asked, real, spectral = [], [], samplers.batch_losses, samplers.spectral_batches
     monkeypatch.setattr(samplers, "batch_losses", lambda *x: [seen.append(x), real(*x)][1])
+    monkeypatch.setattr(samplers, "spectral_batches", lambda *x: [asked.append(x), spectral(*x)][1])
     monkeypatch.setattr(retrieval, "MOST", 48)
     monkeypatch.setattr(retrieval, "load_checkpoint", lambda *_: ContrastiveModel().eval())
     losses = retrieval.evaluate(run, PLAIN | {"limit": 64, "histograms": True}, CPU)[1]["batch losses"]
@@ -250,7 +251,7 @@ def test_histograms_are_of_the_batches_of_the_samplers(runs, monkeypatch):
             z = F.normalize(torch.cat([u[batch], v[batch]]), dim=1).double()
             s = (z @ z.T / 0.3).fill_diagonal_(-math.inf)
             assert loss == pytest.approx(F.cross_entropy(s, torch.arange(16).roll(8)).item(), rel=1e-5)
-    assert losses["spectral"].mean() > losses["random"].mean()
+    assert asked[0][2:5] == (8, 6, 0.3) and losses["spectral"].mean() > losses["random"].mean()
 
 
 def test_recalibration_sees_two_views_of_training_images(runs, monkeypatch):
@@ -262,7 +263,7 @@ def test_recalibration_sees_two_views_of_training_images(runs, monkeypatch):
     assert [tuple(b.shape) for b in batches] == [(16, 3, 32, 32)] * 5  # two views of 8
     means = torch.stack([b.mean((2, 3)) for b in batches]).unflatten(1, (2, 8))
     a, b = means.unbind(1)  # the colours of an image are seen in both
-    assert (a - b).norm(dim=2).mean() < 0.9 * (a - b.roll(1, 1)).norm(dim=2).mean()
+    assert (a - b).norm(dim=2).mean() < 0.75 * (a - b.roll(1, 1)).norm(dim=2).mean()
     assert not torch.equal(a, b) and len(torch.unique(means.flatten(0, 2), dim=0)) == 80
 
 
