@@ -280,8 +280,9 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, train: tupl
             recalibrated, generator = s["recalibrate_batches"], torch.Generator().manual_seed(seed)
             view, tick = views(train_images, generator), cli.progress(name, recalibrated, "batches")
             orders = (torch.randperm(len(train_rows), generator=generator) for _ in range(recalibrated))
-            update_bn((tick(i) or view(train_rows[order[:knobs["batch_size"]]].repeat(2))
-                       for i, order in enumerate(orders)), model)
+            update_bn((half for i, order in enumerate(orders)  # each view apart, as in training
+                       for half in (tick(i) or view(train_rows[order[:knobs["batch_size"]]].repeat(2))).chunk(2)),
+                      model)
         if s["task"] == "two views":
             yield title, two_views(model, views, images, rows, s["repeats"], seed, name)
         elif s["task"] == LOSSES:
@@ -440,4 +441,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its output may be cut, as by head
-    sys.exit(cli.run(main, "retrieval.py", "interrupted; what was computed is kept"))
+    sys.exit(cli.run(main, "retrieval.py", when_interrupted="interrupted; what was computed is kept"))
