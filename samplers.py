@@ -633,34 +633,39 @@ class ContrastiveBatchSampler(BatchSampler):
                 self.rest = self.rest[seen.byte().argsort(stable=True)]  # those without an embedding first
                 self.random = min(math.ceil(int((~seen).sum()) / B), n // B)
             self.stale = self.at_once and not self.random
-        count, self.last = min(self.random or self.k, len(self.rest) // B), None
-        rows = self.rest[:count * B]
+        rows, local = self._window()
+        taken, self.last = len(rows), None
         if self.random:
-            batches = rows.view(-1, B)
+            batches = rows[local]
+        elif self.solved:
+            batches, self.last = self._ended().result()
         else:
-            if not self.solved:
-                self.before, local = self.generator.get_state(), torch.arange(len(rows)).view(-1, B)
-                if self.method == "osgd-replacement":
-                    draws = random_batches_with_replacement(self.k, n, B, self.generator)
-                    (rows, local), count = draws.unique(return_inverse=True), 0
-            done = self._ended()
-            batches, self.last = done.result() if done else self._solve(rows, local, *self._embeddings(rows))
+            self.before = self.generator.get_state()
+            if self.method == "osgd-replacement":
+                draws = random_batches_with_replacement(self.k, n, B, self.generator)
+                (rows, local), taken = draws.unique(return_inverse=True), 0
+            batches, self.last = self._solve(rows, local, *self._embeddings(rows))
         shared = [batches.tolist()]
         if _world()[1] > 1:
             dist.broadcast_object_list(shared)
         # Only now: embed may be interrupted.
-        self.rest, self.random, self.before = self.rest[count * B:], max(0, self.random - count), None
+        self.rest, self.random, self.before = self.rest[taken:], max(0, self.random - taken // B), None
         if self.ahead and not self.random and len(self.rest) >= self.least and self.uv is not None:
-            rows = self.rest[:min(self.k, len(self.rest) // B) * B]
-            self.before, local = self.generator.get_state(), torch.arange(len(rows)).view(-1, B)
+            self.before, (rows, local) = self.generator.get_state(), self._window()
             thread = ThreadPoolExecutor(1)  # a new one: after a fork an old one would wait for ever
             self.solved = thread.submit(self._solve, rows, local, *self._embeddings(rows))
             thread.shutdown(wait=False)
         return shared[0]
 
+    def _window(self) -> tuple[Tensor, Tensor]:
+        """The next samples of the permutation, and batches of them, numbers of these rows."""
+        count = min(self.random or self.k, len(self.rest) // self.batch_size)
+        local = torch.arange(count * self.batch_size).view(count, -1)
+        return self.rest[:local.numel()], local
+
     def _solve(self, rows: Tensor, local: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
-        """The batches [m, B] of the window `rows` [c], with embeddings u, v [c, d], and what window_losses
-        needs. local [k, B]: random batches of it, numbers of its rows."""
+        """The batches chosen in the window `rows` [c], local [k, B], with embeddings u, v [c, d]; and what
+        window_losses needs."""
         B, k, temperature = self.batch_size, len(local), self.temperature
         if self.by_loss:
             chosen = select_by_loss(u, v, local, self.q, temperature, self.lowest, self.loss)
@@ -707,9 +712,9 @@ class ContrastiveBatchSampler(BatchSampler):
         return tuple(of_all_processes(x)[:len(rows)] for x in (u, v))
 
     def window_losses(self) -> dict[str, Tensor] | None:
-        """Of the window that the last batch came from, on the embeddings it was chosen by: the losses `chosen`
-        [m] of its batches and `random` [c] of random ones of its samples (osgd: those it chose from), and these
-        batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where the batches are random."""
+        """Of the window that the last batch came from, on the embeddings it was chosen by: the losses
+        `chosen` [m] of its batches, `random` [c] of random ones of its samples (osgd: those it chose from), and
+        these batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where the batches are random."""
         if self.last is None:
             return None
         u, v, rows, *both = self.last
@@ -751,13 +756,13 @@ class ContrastiveBatchSampler(BatchSampler):
 
     def state_dict(self, behind: int = 0) -> dict:
         """Where the epoch stands, and what update stored: after load_state_dict the rest follows exactly.
-        behind: of the batches given out so many, the last, were fetched and not trained on; they come again."""
+        behind: so many batches, the last that were given, are fetched and not trained on; they come again."""
         if not 0 <= _integer("behind", behind) <= len(self.given):
             raise ValueError(f"behind is {behind}; give 0 to {len(self.given)}")
         generator = self.generator.get_state() if self.before is None else self.before
         state = {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
-        for state["epoch"], state["step"], batches in list(self.given)[::-1][:behind]:
-            state["pending"] = copy.deepcopy(batches) + state["pending"]
+        for epoch, step, batches in list(self.given)[::-1][:behind]:
+            state |= {"epoch": epoch, "step": step, "pending": copy.deepcopy(batches) + state["pending"]}
         return {"generator": generator} | state | self._made()
 
     def load_state_dict(self, state: dict) -> None:
