@@ -1,23 +1,26 @@
-"""Mini-batches for contrastive learning, random or hard. Copy this file into your project; it needs torch and scipy.
+"""Mini-batches for contrastive learning, random or hard. Copy this file: it needs torch and scipy alone.
 
-    sampler = ContrastiveBatchSampler(len(dataset), batch_size=32)     # DataLoader(dataset, batch_sampler=sampler)
-    ...; sampler.update(rows, u, v)                                    # the step's own embeddings choose the batches
+    sampler = ContrastiveBatchSampler(len(dataset), batch_size=32)
+    for rows in sampler:                  # an epoch; or DataLoader(dataset, batch_sampler=sampler)
+        ...                               # a step on these samples, which embeds them: u, v [32, d]
+        sampler.update(rows, u, v)        # for nothing: the next epoch's batches are hard to tell apart
 
 or on embeddings you have:
 
-    u, v = encoder(view1), encoder(view2)               # [n, d] each, in a random order; any scale, any device
-    batches = spectral_batches(u, v, batch_size=32, k=40, refine=True)  # [n // 32, 32]: rows hard to tell apart
+    u, v = encoder(view1), encoder(view2)              # [n, d] each, in a random order; any scale, any device
+    batches = spectral_batches(u, v, batch_size=32, k=40, refine=True)   # [n // 32, 32]: hard to tell apart
     print(batch_losses(u, v, batches).mean(), batch_losses(u, v, random_batches(len(u), 32)).mean())
 
-The algorithms of Cho et al., "Mini-Batch Optimization of Contrastive Loss" (TMLR 2024), with its letters: n pairs,
-B = batch_size, k batches at a time of which q are kept. Every selection returns int64 row numbers, the same ones
-for the same state of `generator` (None: torch's global one). Rows of u and v are scaled to length 1 here.
+The algorithms of Cho et al., "Mini-Batch Optimization of Contrastive Loss" (TMLR 2024), with its letters: n
+pairs, B = batch_size, k batches at a time of which q are kept. Every selection returns int64 row numbers, the
+same for the same state of `generator` (None: torch's global one). Rows of u and v are scaled to length 1.
 """
 import copy
 import math
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 import torch.distributed as dist
@@ -28,60 +31,66 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 LOSSES = ("nt_xent", "dcl", "infonce")
 MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
-# spectral_batches: the largest window that is solved whole, in rows or in batches, and the parts of larger ones.
+# spectral_batches: the largest window that is solved whole, in rows or in batches, and the parts of larger
+# ones.
 DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280
-_WORKER = ThreadPoolExecutor(1)  # chooses ahead, one window at a time
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
-def _integer(name: str, x: int) -> int:
+# ------------------------------------------------------------------------------------------ what is refused
+def _integer(name: str, x: int, least: int | None = None) -> int:
     try:
-        return operator.index(x)
+        x = operator.index(x)
     except TypeError:
         raise ValueError(f"{name} is {x!r:.80}; give an integer") from None
+    if least is not None and x < least:
+        raise ValueError(f"{name} is {x}; give {least} or more")
+    return x
 
 
-def _check_size(n: int, batch_size: int) -> None:
+def _check_size(n: int, batch_size: int) -> tuple[int, int]:
     n, batch_size = _integer("number of samples", n), _integer("batch_size", batch_size)
     if not 2 <= batch_size <= n:
         raise ValueError(f"batch_size is {batch_size} with {n} samples; give a batch_size from 2 to {n}")
+    return n, batch_size
 
 
-def _check_k(n: int, batch_size: int, k: int) -> None:
-    if not 1 <= _integer("k", k) <= n // batch_size:
+def _check_k(n: int, batch_size: int, k: int) -> int:
+    if not 1 <= (k := _integer("k", k)) <= n // batch_size:
         raise ValueError(f"k is {k} with {n} samples in batches of {batch_size}; give a k from 1 to "
                          f"{n // batch_size}, or more samples")
+    return k
+
+
+def _kind(x) -> str:
+    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"of type {type(x).__name__}"
 
 
 def _check(u: Tensor, v: Tensor, temperature: float, read: bool | None = None) -> None:
-    """Raises ValueError for what no sampler can use. read: look at the values as well, for which a GPU must wait
-    (None: on the CPU alone)."""
-    if not (isinstance(u, Tensor) and isinstance(v, Tensor)):
-        raise ValueError(f"u is of type {type(u).__name__} and v of {type(v).__name__}; give two torch tensors [n, d], "
-                         "of numpy arrays torch.from_numpy(u)")
-    if u.ndim != 2 or u.shape != v.shape or not u.is_floating_point() or not v.is_floating_point():
-        raise ValueError(f"u is {tuple(u.shape)} {u.dtype} and v {tuple(v.shape)} {v.dtype}; give two "
-                         "floating-point [n, d] tensors of one shape, row i of v the partner of row i of u")
+    """Raises ValueError for what no sampler can use. read: look at the values as well, for which a GPU must
+    wait (None: on the CPU alone)."""
+    fit = all(isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() for x in (u, v))
+    if not fit or u.shape != v.shape or u.shape[1] == 0:
+        raise ValueError(f"u is {_kind(u)} and v {_kind(v)}; give two floating-point torch tensors [n, d] of "
+                         "one shape, row i of v the partner of row i of u (of numpy's torch.from_numpy(u))")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; give a number > 0, for instance 0.1")
     for name, x in (("u", u), ("v", v)) if read or read is None and u.device.type == "cpu" else ():
         # The sum, twenty times as fast, first; it may also overflow, so the rows decide.
         total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
         if not total.isfinite() and (count := int((~x.isfinite()).any(1).sum())):
-            raise ValueError(f"{name} has {count} of {len(x)} rows with NaN or infinity; drop them, or see why the "
-                             "encoder made them (a learning rate too high, half-precision overflow)")
+            raise ValueError(f"{name} has {count} of {len(x)} rows with NaN or infinity; drop them, or see "
+                             "why the encoder made them (a learning rate too high, half-precision overflow)")
 
 
 def _check_batches(batches: Tensor, n: int, read: bool, distinct: bool = False) -> None:
-    if not isinstance(batches, Tensor):
-        raise ValueError(f"batches is of type {type(batches).__name__}; give an int64 torch tensor [m, B] of row numbers")
-    wrong = batches.ndim != 2 or batches.shape[1] < 2 or batches.dtype != torch.int64
-    if wrong or distinct and batches.numel() > n:
-        raise ValueError(f"batches is {tuple(batches.shape)} {batches.dtype}; give an int64 [m, B] tensor of row "
-                         "numbers, B >= 2" + f", at most {n} in all" * distinct)
+    fit = isinstance(batches, Tensor) and batches.dtype == torch.int64 and batches.ndim == 2
+    if not fit or batches.shape[1] < 2 or distinct and batches.numel() > n:
+        most = f", at most {n} in all" if distinct else ""
+        raise ValueError(f"batches is {_kind(batches)}; give an int64 tensor [m, B] of rows, B >= 2{most}")
     if read and batches.numel():
-        if not 0 <= batches.min() <= batches.max() < n:
-            raise ValueError(f"batches has row numbers from {batches.min()} to {batches.max()}; give 0 to {n - 1}")
+        low, high = batches.aminmax()
+        if not 0 <= low <= high < n:
+            raise ValueError(f"batches has row numbers from {low} to {high}; give 0 to {n - 1}")
         if distinct and batches.flatten().bincount().max() > 1:
             raise ValueError("batches has a row number twice; give each once, as in a partition")
 
@@ -92,11 +101,11 @@ def _check_exclude(exclude, n: int, refine: bool, batch_size: int, k: int) -> Te
     try:
         exclude = torch.as_tensor(exclude)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError("exclude holds something else than numbers; give one integer for each sample, of names for "
-                         "instance numpy.unique(names, return_inverse=True)[1]") from None
+        raise ValueError("exclude holds something else than numbers; give one integer for each sample, of "
+                         "names numpy.unique(names, return_inverse=True)[1]") from None
     if exclude.shape != (n,) or exclude.is_floating_point() or exclude.is_complex() or not refine:
-        raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype} for {n} samples, refine {refine}; "
-                         "give one integer for each sample, and refine=True")
+        raise ValueError(f"exclude is {_kind(exclude)} for {n} samples, refine {refine}; give one integer "
+                         "for each sample, and refine=True")
     if k * batch_size > _dense(batch_size):  # parts of similar rows are mostly of one group
         raise ValueError(f"exclude is given with windows of {k * batch_size} samples; give a k of at most "
                          f"{_dense(batch_size) // batch_size}")
@@ -109,23 +118,25 @@ def _dense(batch_size: int) -> int:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows of length 1, float32 or float64, of rows of any length: squares of 1e20 and 1e-30 are out of range."""
+    """Rows of length 1, float32 or float64; of any length before: the squares of 1e20 are out of range."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=1, keepdim=True)
-    return F.normalize(x / largest.clamp(min=torch.finfo(x.dtype).tiny), dim=1)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1), dim=1)
 
 
-# ------------------------------------------------------------------------------------------------ scores
-def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1, loss: str = "nt_xent") -> Tensor:
+# ------------------------------------------------------------------------------------------ scores
+def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1,
+                 loss: str = "nt_xent") -> Tensor:
     """The loss of each batch: the score of OSGD.
 
-    u, v [n, d] the two views; batches [m, B] row numbers, B >= 2.  Returns [m], on the device of u, in float32
-    (float64 for float64 input).  "nt_xent" (Chen et al., ICML 2020): the mean over the 2B views of -log softmax at
-    the partner, the softmax taken over the other 2B - 1 views of the cosines / temperature.  "dcl" (Yeh et al., ECCV
-    2022): the partner left out of that softmax's denominator.  "infonce", of the paper's theory and of two
-    modalities: the softmax over the B rows of the other view, the two directions added.  Memory is bounded by chunks;
-    gradients flow (and then keep every chunk).  Raises ValueError for wrong shapes, temperature or loss, and, where
-    looking does not stop a GPU, that is on the CPU, for NaN, infinity and row numbers outside [0, n).
+    u, v [n, d] the two views; batches [m, B] row numbers, B >= 2.  Returns [m], on the device of u, in
+    float32 (float64 for float64 input).  "nt_xent" (Chen et al., ICML 2020): the mean over the 2B views of
+    -log softmax at the partner, the softmax taken over the other 2B - 1 views of the cosines / temperature.
+    "dcl" (Yeh et al., ECCV 2022): the partner left out of that softmax's denominator.  "infonce", of the
+    paper's theory and of two modalities: the softmax over the B rows of the other view, the two directions
+    added.  Memory is bounded by chunks; gradients flow (and then keep every chunk).  Raises ValueError for
+    wrong shapes, temperature or loss, and on the CPU, where looking does not stop a GPU, for NaN, infinity
+    and row numbers outside [0, n).
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; give one of {', '.join(LOSSES)}")
@@ -139,14 +150,16 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
     losses, table = [], None
     with torch.autocast(u.device.type, enabled=False):  # a bfloat16 logit of 10 is wrong by 0.03
         u, v = _unit(u).to(dtype), _unit(v).to(dtype)
-        # Where the batches meet every pair several times, as all_batches do, each logit is computed once, looked up.
+        # Where the batches meet every pair several times, as all_batches do, each logit is computed once,
+        # looked up.
         if loss != "infonce" and 4 * n * n <= min(2 ** 20, len(batches) * B * B):
             z = torch.cat([u, v])
             table = (z @ z.T).sub_(1).div_(temperature).flatten()
         for rows in batches.split(chunk):
             if table is not None:
                 row = torch.cat([rows, rows + n], 1)
-                s = table.index_select(0, (2 * n * row[:, :, None] + row[:, None]).flatten()).view(-1, 2 * B, 2 * B)
+                place = 2 * n * row[:, :, None] + row[:, None]
+                s = table.index_select(0, place.flatten()).view_as(place)
             else:
                 a, b = (x.index_select(0, rows.reshape(-1)).view(-1, B, d) for x in (u, v))
                 if loss == "infonce":
@@ -154,7 +167,8 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
                     losses.append((s.logsumexp(1) + s.logsumexp(2) - 2 * s.diagonal(0, 1, 2)).mean(1))
                     continue
                 z = torch.cat([a, b], 1)  # [c, 2B, d]
-                # Less its upper bound: with exp(-2 / temperature) in range, no search for the maximum is needed.
+                # Less its upper bound: with exp(-2 / temperature) in range, no search for the maximum is
+                # needed.
                 s = (z @ z.mT).sub_(1).div_(temperature)  # [c, 2B, 2B]
             positive = s.diagonal(B, 1, 2).mean(1)
             for offset in (0,) if loss == "nt_xent" else (0, B, -B):
@@ -164,28 +178,27 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
     return torch.cat(losses)
 
 
-# ------------------------------------------------------------------------------------------------ random batches
+# ------------------------------------------------------------------------------------------ random batches
 def random_batches(n: int, batch_size: int, generator: Generator | None = None) -> Tensor:
-    """A random permutation of n samples cut into batches [n // B, B] (Algorithm 4), on the generator's device.
+    """A random permutation of n samples cut into batches [n // B, B] (Algorithm 4), where the generator is.
 
     The n % B samples that are left over are dropped.  Raises ValueError for a batch_size outside [2, n].
     """
-    _check_size(n, batch_size)
+    n, batch_size = _check_size(n, batch_size)
     order = torch.randperm(n, generator=generator, device=generator.device if generator else "cpu")
     return order[:n // batch_size * batch_size].view(-1, batch_size)
 
 
-def random_batches_with_replacement(m: int, n: int, batch_size: int, generator: Generator | None = None) -> Tensor:
-    """m independent, uniformly random B-subsets of n samples, [m, B] (Algorithm 3), on the generator's device.
+def random_batches_with_replacement(m: int, n: int, batch_size: int,
+                                    generator: Generator | None = None) -> Tensor:
+    """m independent, uniformly random B-subsets of n samples, [m, B] (Algorithm 3), where the generator is.
 
     The order inside a row is not random.  Raises ValueError for m < 1 or a batch_size outside [2, n].
     """
-    _check_size(n, batch_size)
-    if _integer("m", m) < 1:
-        raise ValueError(f"m is {m} batches; give 1 or more")
+    (n, batch_size), m = _check_size(n, batch_size), _integer("m", m, 1)
     device = generator.device if generator else "cpu"
-    # Floyd's sampling, all rows at once: column c draws from 0..n-B+c and takes that last number where its draw
-    # is there already. B steps and no [m, n] table. (63 bits modulo n: uniform to one part in 2^63 / n.)
+    # Floyd's sampling, all rows at once: column c draws from 0..n-B+c and takes that last number where its
+    # draw is there already. B steps and no [m, n] table. (63 bits modulo n: uniform to one part in 2^63 / n.)
     last = torch.arange(n - batch_size, n, device=device)
     rows = torch.randint(2 ** 63 - 1, (m, batch_size), generator=generator, device=device) % (last + 1)
     for c in range(1, batch_size):
@@ -199,13 +212,13 @@ def all_batches(n: int, batch_size: int) -> Tensor:
 
     Raises ValueError for a batch_size outside [2, n] and for a table of more than 2^27 row numbers (1 GiB).
     """
-    _check_size(n, batch_size)
+    n, batch_size = _check_size(n, batch_size)
     count = math.comb(n, batch_size)
     if count * batch_size > MAX_INDICES:
-        raise ValueError(f"n = {n} has {count} batches of {batch_size} and at most {MAX_INDICES // batch_size} are "
-                         "listed; take a smaller n or random_batches_with_replacement")
+        raise ValueError(f"n = {n} has {count} batches of {batch_size}, of which {MAX_INDICES // batch_size} "
+                         "are listed at most; take a smaller n or random_batches_with_replacement")
     rows = torch.arange(n - batch_size + 1)[:, None]
-    for c in range(1, batch_size):  # each prefix once for every next number that still leaves room for the rest
+    for c in range(1, batch_size):  # each prefix once for every next number that leaves room for the rest
         choices = n - batch_size + c - rows[:, -1]
         first = choices.cumsum(0) - choices
         rows = rows.repeat_interleave(choices, 0)
@@ -214,22 +227,21 @@ def all_batches(n: int, batch_size: int) -> Tensor:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ by loss
+# ------------------------------------------------------------------------------------------ by loss
 def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: float = 0.1,
                    lowest: bool = False, loss: str = "nt_xent") -> Tensor:
     """Of the given batches the q of highest loss, by rising loss (with all_batches: Algorithm 2).
 
-    u, v [n, d]; batches [k, B], or [groups, k, B] to choose q in each group.  Returns [q, B] or [groups, q, B].
-    lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for q outside [1, k].
+    u, v [n, d]; batches [k, B], or [groups, k, B] to choose q in each group.  Returns [q, B] or [groups, q,
+    B]. lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for q outside [1, k].
     """
     _check(u, v, temperature, read=False)
     if not isinstance(batches, Tensor) or batches.ndim not in (2, 3):
-        raise ValueError(f"batches is {tuple(getattr(batches, 'shape', ()))}; give a tensor of row numbers [k, B] or "
-                         "[groups, k, B]")
-    batches = batches.to(u.device, non_blocking=True)
+        raise ValueError(f"batches is {_kind(batches)}; give row numbers, a tensor [k, B] or [groups, k, B]")
     k, batch_size = batches.shape[-2:]
     if not 1 <= _integer("q", q) <= k:
         raise ValueError(f"q is {q} with k = {k} batches to choose from; give a q from 1 to {k}")
+    batches = batches.to(u.device, non_blocking=True)
     losses = batch_losses(u.detach(), v.detach(), batches.reshape(-1, batch_size), temperature, loss)
     order = losses.view(batches.shape[:-1]).argsort(dim=-1, stable=True)
     chosen = order[..., :q] if lowest else order[..., k - q:]
@@ -240,45 +252,44 @@ def osgd_batches(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperat
                  lowest: bool = False, loss: str = "nt_xent") -> Tensor:
     """Of each k consecutive batches the q of highest loss (OSGD without replacement, Algorithm 6).
 
-    u, v [n, d], already in a random order: rows 0..B-1 are the first batch, and so on.  Returns
-    [(n // B // k) * q, B] on the device of u, group by group, inside a group by rising loss; a last group of fewer
-    than k batches is dropped.  lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for a
-    batch_size outside [2, n], k * B > n, q outside [1, k].
+    u, v [n, d], already in a random order: rows 0..B-1 are the first batch, and so on.  Returns [(n // B //
+    k) * q, B] on the device of u, group by group, inside a group by rising loss; a last group of fewer than k
+    batches is dropped.  lowest, ValueErrors: as select_by_loss, and for a batch_size outside [2, n], k * B >
+    n.
     """
     _check(u, v, temperature, read=False)
-    _check_size(len(u), batch_size)
-    _check_k(len(u), batch_size, k)
-    groups = len(u) // batch_size // k
+    n, batch_size = _check_size(len(u), batch_size)
+    k = _check_k(n, batch_size, k)
+    groups = n // batch_size // k
     batches = torch.arange(groups * k * batch_size, device=u.device).view(groups, k, batch_size)
     return select_by_loss(u, v, batches, q, temperature, lowest, loss).flatten(0, 1)
 
 
-def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperature: float = 0.1,
-                                  lowest: bool = False, generator: Generator | None = None,
-                                  loss: str = "nt_xent") -> Tensor:
+def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int, q: int,
+                                  temperature: float = 0.1, lowest: bool = False,
+                                  generator: Generator | None = None, loss: str = "nt_xent") -> Tensor:
     """Of k uniformly random B-subsets the q of highest loss, by rising loss (one step of OSGD, Algorithm 5).
 
-    u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B.  lowest and ValueErrors as osgd_batches.
+    u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B.  lowest and ValueErrors as
+    osgd_batches.
     """
     _check(u, v, temperature, read=False)
-    if _integer("k", k) < 1:
-        raise ValueError(f"k is {k}; draw 1 batch or more")
-    batches = random_batches_with_replacement(k, len(u), batch_size, generator)
-    return select_by_loss(u, v, batches.to(u.device), q, temperature, lowest, loss)
+    draws = random_batches_with_replacement(_integer("k", k, 1), len(u), batch_size, generator)
+    return select_by_loss(u, v, draws, q, temperature, lowest, loss)
 
 
-# ------------------------------------------------------------------------------------------------ by similarity
+# ------------------------------------------------------------------------------------------ by similarity
 def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float = 0.1) -> Tensor:
     """Edge weights W [n, n] of the graph whose heavy clusters are hard batches (Algorithm 1).
 
     With unit rows divided by sqrt(temperature) and f(x) = log(1 + (B-1) e^x),
         w(k, l) = sum over (i, j) in {(k, l), (l, k)} of f(u_i.v_j - u_i.v_i) + f(v_i.u_j - v_i.u_i):
-    the sum of w inside a batch, over B(B-1), bounds its InfoNCE loss from below.  Symmetric, zero diagonal, on the
-    device of u, float32 (float64 for float64 input).  Raises ValueError for wrong shapes or temperature, NaN, B < 2.
+    the sum of w inside a batch, over B(B-1), bounds its InfoNCE loss from below.  Symmetric, zero diagonal,
+    on the device of u, float32 (float64 for float64 input).  Raises ValueError for wrong shapes or
+    temperature, NaN, B < 2.
     """
     _check(u, v, temperature, read=True)
-    if batch_size < 2:
-        raise ValueError(f"batch_size is {batch_size}; give 2 or more")
+    batch_size = _integer("batch_size", batch_size, 2)
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.promote_types(u.dtype, v.dtype)
         u, v = _unit(u.to(dtype)), _unit(v.to(dtype))
@@ -286,7 +297,7 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
         own = s.diagonal() - math.log(batch_size - 1)
         if temperature < 0.06:
             w = F.softplus(s - own[:, None]) + F.softplus(s - own)
-        else:  # one exponential and one logarithm, which hold in float32 up to exp(2 / 0.06): four times as fast
+        else:  # one exponential and one logarithm, in float32's range up to exp(2 / 0.06): four times as fast
             scale = (1 / temperature - own).exp()
             s = s.sub_(1 / temperature).exp_()
             one = torch.ones((), dtype=s.dtype, device=s.device)
@@ -299,29 +310,29 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
                      ceiling: float | None = None) -> Tensor:
     """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
 
-    u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split into
-    batches of exactly B, so that every row is in one batch; the last n % B rows are dropped.  Returns [n // B, B] on
-    the device of u.  refine: exchange rows between batches until they are harder still (ours: refine_by_weight).
-    Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches; a larger window is cut
-    into parts of similar rows, about PART_ROWS each, so that time and memory grow as k B; with refine, batches that
-    lie close are brought together in new parts, twice, and go on exchanging.
-    Against false negatives: exclude [n], integers such as class labels, two rows of one number share a batch only
-    where sizes leave no other way (needs refine and a window solved whole); ceiling, a quantile, 0.999 say: heavier
-    edges weigh no more than it, so that near-duplicates attract no more than others.
-    Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n, a ceiling
+    u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split
+    into batches of exactly B, so that every row is in one batch; the last n % B rows are dropped.  Returns [n
+    // B, B] on the device of u.  refine: exchange rows between batches until they are harder still (ours:
+    refine_by_weight). Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches;
+    a larger window is cut into parts of similar rows, about PART_ROWS each, so that time and memory grow as k
+    B; with refine, batches that lie close are brought together in new parts, twice, and go on exchanging.
+    Against false negatives: exclude [n], integers such as class labels, two rows of one number share a batch
+    only where sizes leave no other way (needs refine and a window solved whole); ceiling, a quantile, 0.999
+    say: heavier edges weigh no more than it, so that near-duplicates attract no more than others. Raises
+    ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n, a ceiling
     outside (0, 1], exclude with a window that is not solved whole.
     """
     _check(u, v, temperature, read=True)
-    _check_size(len(u), batch_size)
-    _check_k(len(u), batch_size, k)
-    n = len(u) // batch_size * batch_size
-    exclude = _check_exclude(exclude, len(u), refine, batch_size, k)
+    _, B = _check_size(len(u), batch_size)
+    k = _check_k(len(u), B, k)
+    exclude = _check_exclude(exclude, len(u), refine, B, k)
     if ceiling is not None and not 0 < ceiling <= 1:
         raise ValueError(f"ceiling is {ceiling}; give a quantile > 0 and <= 1, for instance 0.999")
-    u, v = (_unit(x.detach()[:n].float()) for x in (u, v))
+    whole = len(u) // B * B
+    u, v = (_unit(x.detach()[:whole]).float() for x in (u, v))
 
     def solve(rows: Tensor, batches: Tensor | None = None) -> Tensor:
-        w = spectral_affinity(u[rows], v[rows], batch_size, temperature)
+        w = spectral_affinity(u[rows], v[rows], B, temperature)
         if ceiling is not None:
             w = w.clamp(max=w.flatten().kthvalue(math.ceil(ceiling * w.numel())).values)
         if exclude is not None:
@@ -329,41 +340,41 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
             same = (group[:, None] == group).fill_diagonal_(False)
             w = w.masked_fill(same, 0)
         if batches is None:
-            batches = _balanced_clusters(w, batch_size, generator)
+            batches = _balanced_clusters(w, B, generator)
         rounds = None
-        if exclude is not None:  # one such edge outweighs all that a batch can gain; a round may part but two of them
-            w = w.masked_fill(same, -4 * batch_size * w.max())
-            rounds = max(batches.numel(), 2 ** 31 // (batches.numel() * batch_size))
+        if exclude is not None:  # one such edge outweighs all that a batch can gain; a round may part but two
+            w = w.masked_fill(same, -4 * B * w.max())
+            rounds = max(batches.numel(), 2 ** 31 // (batches.numel() * B))
         return rows[refine_by_weight(w, batches, rounds) if refine else batches.to(rows.device)]
 
-    batches = []
-    for window in torch.arange(n, device=u.device).split(k * batch_size):
-        if len(window) <= _dense(batch_size):
-            batches.append(solve(window))
-            continue
-        part = min(max(PART_ROWS // batch_size, 2), DENSE_BATCHES)  # batches in a part
+    def solve_in_parts(window: Tensor) -> Tensor:
+        part = min(max(PART_ROWS // B, 2), DENSE_BATCHES)  # batches in a part
         centre = F.normalize(u[window] + v[window], dim=1)
-        parts = _similar_parts(centre, part * batch_size, batch_size, generator)
-        own = torch.cat([solve(window[rows]) for rows in parts])
+        parts = _similar_parts(centre, part * B, B, generator)
+        batches = torch.cat([solve(window[rows]) for rows in parts])
         for _ in range(2 * refine):
-            groups = _similar_parts(centre[own - window[0]].mean(1), part, 1, generator)
-            own = torch.cat([solve(own[group].flatten(), torch.arange(len(group) * batch_size, device=u.device)
-                                   .view(-1, batch_size)) for group in groups])
-        batches.append(own)
-    return torch.cat(batches)
+            groups = _similar_parts(centre[batches - window[0]].mean(1), part, 1, generator)
+            batches = torch.cat([solve(batches[group].flatten(), torch.arange(
+                len(group) * B, device=u.device).view(-1, B)) for group in groups])
+        return batches
+
+    with torch.autocast(u.device.type, enabled=False):
+        windows = torch.arange(whole, device=u.device).split(k * B)
+        return torch.cat([(solve if len(rows) <= _dense(B) else solve_in_parts)(rows) for rows in windows])
 
 
 def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) -> Tensor:
-    """A partition of greater inside weight, from any one: exchanges between pairs of batches while they add to it.
+    """A partition of greater inside weight, from any one: exchanges between batches while they add to it.
 
     w [n, n] symmetric with zero diagonal (spectral_affinity); batches [k, B] of its rows, all distinct.  With
     D[i, b] the weight of row i to the rows of batch b, exchanging i of a and j of b adds
         D[i, b] - D[i, a] + D[j, a] - D[j, b] - 2 w[i, j]
-    to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches, those
-    first whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no exchange helps,
-    or after max_rounds (default: 2^30 gains looked at, which only batches of hundreds reach).  Returns [k, B].  Rows
-    of w in no batch stay out.  That w is symmetric, with a zero diagonal and finite, is assumed, not looked at.
-    Raises ValueError for wrong shapes and, on the CPU, for row numbers outside [0, n) or given twice.
+    to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches,
+    those first whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no
+    exchange helps, or after max_rounds (default: 2^30 gains looked at, which only batches of hundreds reach).
+    Returns [k, B].  Rows of w in no batch stay out.  That w is symmetric, with a zero diagonal and finite, is
+    assumed, not looked at. Raises ValueError for wrong shapes and, on the CPU, for row numbers outside [0, n)
+    or given twice.
     """
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.is_floating_point():
         raise ValueError(f"w is {tuple(w.shape)} {w.dtype}; give floating-point weights [n, n]")
@@ -407,9 +418,10 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
 
 
 def _similar_parts(x: Tensor, size: int, unit: int, generator: Generator | None) -> list[Tensor]:
-    """Row numbers of x [n, d] in parts of similar rows, at most `size` each and a multiple of `unit` (n is one).
+    """Row numbers of x [n, d] in parts of similar rows, at most `size` each, a multiple of `unit` (n is one).
 
-    Bisects by the line between two centres (2-means of a sample), at the quantile that keeps parts of one size.
+    Bisects by the line between two centres (2-means of a sample), at the quantile that keeps parts of one
+    size.
     """
     device = generator.device if generator else "cpu"
     whole, parts = [torch.arange(len(x), device=x.device)], []
@@ -438,8 +450,9 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
         return torch.arange(n)[None]
     draw = dict(generator=generator, device=generator.device if generator else "cpu", dtype=w.dtype)
     with torch.autocast(w.device.type, enabled=False):
-        # Largest eigenpairs of D^-1/2 W D^-1/2. Of large ones by subspace iteration: after 4 products the batches are
-        # as hard as with exact eigenvectors, to 1 %, in a tenth of the time; extra columns make few clusters exact.
+        # Largest eigenpairs of D^-1/2 W D^-1/2. Of large ones by subspace iteration: after 4 products the
+        # batches are as hard as with exact eigenvectors, to 1 %, in a tenth of the time; extra columns make
+        # few clusters exact.
         half = w.sum(1, keepdim=True).clamp(min=1e-30).rsqrt()
         if n <= max(256, 4 * k):
             values, x = torch.linalg.eigh(half * w * half.T)
@@ -449,15 +462,17 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
                 x = torch.linalg.qr(half * (w @ (half * x)))[0]
             values, rotation = torch.linalg.eigh(x.T @ (half * (w @ (half * x))))
             x = x @ rotation
-        # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows are
-        # the closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less in the distances.
-        # A graph without clusters has negative ones: a diagonal added to W, which no partition feels, lifts them.
-        x = (x[:, -k:-1] * (values[-k:-1] - values[-k - 1].clamp(max=0)).sqrt()).cpu()  # [n, k-1]; small from here on
+        # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of
+        # rows are the closest rank-k affinity, and the many small eigenvalues of real embeddings weigh less
+        # in the distances. A graph without clusters has negative ones: a diagonal added to W, which no
+        # partition feels, lifts them.
+        x = (x[:, -k:-1] * (values[-k:-1] - values[-k - 1].clamp(max=0)).sqrt()).cpu()  # [n, k-1]: small now
         # k-means++ (Arthur & Vassilvitskii, 2007): the next centre with probability by squared distance.
         distance, chosen = x.new_full((n,), torch.inf), []
         for number in torch.rand(k, **draw).cpu():
             total = (distance if chosen else torch.ones_like(distance)).cumsum(0)
-            # With fewer distinct points than centres every distance ends at 0, and the clamp takes the last row.
+            # With fewer distinct points than centres every distance ends at 0, and the clamp takes the last
+            # row.
             chosen.append(torch.searchsorted(total, number * total[-1], right=True).clamp(max=n - 1))
             distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
         centres = x[torch.stack(chosen)]
@@ -470,11 +485,12 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
 
 
 def _assign(gain: Tensor, size: int) -> Tensor:
-    """Labels [n] from gain [n, k], each of the k given to exactly `size` = n / k rows, of (nearly) the greatest sum.
+    """Labels [n] from gain [n, k], each given to exactly `size` = n / k rows, of (nearly) the greatest sum.
 
     Prices on the labels at which demand meets supply turn the assignment into each row's own choice. Sinkhorn
     iterations find them up to a few rows; those, and the rows nearest to changing their minds, are then
-    assigned optimally: 320 rows (all of them, and so exactly, if n <= 320), where all 1,280 take ten times as long.
+    assigned optimally: 320 rows (all of them, and so exactly, if n <= 320), where all 1,280 take ten times as
+    long.
     """
     n, k = gain.shape
     gain = gain / gain.std().clamp(min=1e-12)
@@ -490,95 +506,101 @@ def _assign(gain: Tensor, size: int) -> Tensor:
     order = order[label[order].argsort(stable=True)]
     count = torch.bincount(label, minlength=k)
     rank = torch.empty_like(label)
-    rank[order] = torch.arange(n) - (count.cumsum(0) - count)[label[order]]  # of a row among those of its label
+    rank[order] = torch.arange(n) - (count.cumsum(0) - count)[label[order]]  # of a row within its label
     loose = rank >= size - max(1, 320 // k)
     slots = torch.arange(k).repeat_interleave(size - torch.bincount(label[~loose], minlength=k))
-    label[loose] = slots[torch.from_numpy(linear_sum_assignment(gain[loose][:, slots].numpy(), maximize=True)[1])]
+    assigned = linear_sum_assignment(gain[loose][:, slots].numpy(), maximize=True)[1]
+    label[loose] = slots[torch.from_numpy(assigned)]
     return label
 
 
-# ------------------------------------------------------------------------------------------------ batch after batch
+# ------------------------------------------------------------------------------------------ batch after batch
 class ContrastiveBatchSampler(BatchSampler):
     """Batches for DataLoader(dataset, batch_sampler=...) or a loop of your own: lists of B row numbers.
 
-    method: "spectral" (Algorithm 1): a permutation of the n samples is taken in windows of k * B (or `window`)
-    samples, each split into k hard batches; "osgd" (6): of each k batches of a permutation the q of highest, or
-    `lowest`, loss, of as many permutations as an epoch of n // B batches needs; "osgd-replacement" (5): of k batches
-    drawn anew from all samples; "random" (4); or a function (u, v, batch_size, k, temperature, generator) -> rows of
-    the window [m, B].  By default k is 40, or n // B if that is less, and q a tenth of k; refine, exclude, ceiling,
-    loss and temperature are those of spectral_batches and select_by_loss.  The first random_epochs are random.
-    u, v [m, d], two views or two modalities, come from
-    - embed(indices [m]), without gradients, up to embed_size samples a call; set the encoder to eval mode in it.
-      Each window is embedded when its turn comes, or, at_once, all samples whenever a permutation is drawn; or
-    - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come first,
-      in random batches: that is all of the first epoch. Without either function every batch is random. ahead: the
-      next window of a permutation is chosen on the CPU by a thread while the steps of this one run, which do not
-      touch its embeddings: the same batches, and a GPU need not wait for them.
-    A new iteration after one that was begun, to its end or not, gives the next epoch.
-    Where torch.distributed runs several processes they choose the same batches (rank 0's), embed a share each and
-    share what update is given. Of the batches each of world_size processes takes every world_size-th; leave rank and
-    world_size out where the trainer deals batches out by itself, as accelerate does.
-    DataLoader workers fetch ahead: windows are then chosen, and state_dict stands, a few batches early.
-    Raises ValueError for arguments that do not fit together and, while iterating, for embeddings it cannot use.
+    method: "spectral" (Algorithm 1): a permutation of the n samples is taken in windows of k * B samples,
+    each split into k hard batches; "osgd" (6): of each k batches of a permutation the q of highest, or
+    `lowest`, loss; "osgd-replacement" (5): of k batches drawn anew from all samples; "random" (4); or a
+    function (u, v, batch_size, k, temperature, generator) -> batches [m, B] of the window's rows.  By default
+    k is 40, or n // B if that is less, and q a tenth of k.  refine, exclude, ceiling, loss and temperature:
+    as in spectral_batches, select_by_loss. The first random_epochs are random.  u, v [m, d], two views or two
+    modalities, come from
+    - embed(indices [m]), without gradients, embed_size samples a call; set the encoder to eval mode in it.
+      Each window is embedded when its turn comes or, at_once, all samples whenever a permutation is drawn
+      (osgd-replacement: in each epoch); or
+    - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come
+      first, in random batches: that is all of the first epoch. Without either function every batch is random.
+      ahead: a thread chooses the next window of a permutation on the CPU while the steps of this one run,
+      which do not touch its embeddings: the same batches, and a GPU need not wait for them.
+    An epoch is n // B batches. A permutation gives osgd fewer: what is left of it, and of the chosen batches,
+    goes on in the next epoch; for any other method each epoch is a partition. A new iteration gives the next
+    epoch, also where the last one was broken off. Where torch.distributed runs several processes they choose
+    the same batches (rank 0's), embed a share each and share what update is given. Of the batches each of
+    world_size processes takes every world_size-th; leave rank and world_size out where the trainer deals
+    batches out by itself, as accelerate does. DataLoader workers, and accelerate, fetch ahead: windows are
+    then chosen a few batches early; see state_dict. Raises ValueError for arguments that do not fit together
+    and, while iterating, for embeddings it cannot use.
     """
-    MADE = ("num_samples", "batch_size", "method", "refine", "k", "q", "lowest", "temperature", "loss", "ceiling",
-            "seed", "random_epochs", "at_once", "world_size")
+    MADE = ("num_samples", "batch_size", "method", "refine", "k", "q", "lowest", "temperature", "loss",
+            "ceiling", "seed", "random_epochs", "at_once", "world_size")
     STATE = "epoch", "step", "rest", "random", "pending", "stale", "uv", "seen"
 
-    def __init__(self, num_samples: int, batch_size: int, method: str | Callable = "spectral", refine: bool = True,
-                 k: int | None = None, q: int | None = None, window: int | None = None, temperature: float = 0.1,
-                 seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, lowest: bool = False,
-                 exclude: Tensor | None = None, ceiling: float | None = None, rank: int = 0, world_size: int = 1,
-                 loss: str = "nt_xent", random_epochs: int = 0, at_once: bool = False, ahead: bool = False, embed_size: int = 256):
-        _check_size(num_samples, batch_size)
-        n, B = operator.index(num_samples), operator.index(batch_size)
-        if window is not None:
-            if not B <= _integer("window", window) <= n or k not in (None, window // B):
-                raise ValueError(f"window is {window} and k {k}; give k, or a window from {B} to {n}")
-            k = window // B
-        k = min(40, n // B) if k is None else _integer("k", k)
-        by_loss, spectral = method in ("osgd", "osgd-replacement"), method == "spectral"
-        if method != "osgd-replacement":  # which draws each batch from all samples
-            _check_k(n, B, k)
-        if not (by_loss or spectral or method == "random" or callable(method)) or not by_loss and (q is not None or lowest):
-            raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; give 'spectral', 'random' or a function "
-                             "without them, or 'osgd', 'osgd-replacement'")
-        if not spectral and (exclude is not None or ceiling is not None):
-            raise ValueError(f"method {method!r} knows neither exclude nor ceiling; leave them out, or give 'spectral'")
-        two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
+    def __init__(self, num_samples: int, batch_size: int, method: str | Callable = "spectral",
+                 refine: bool = True, k: int | None = None, q: int | None = None, temperature: float = 0.1,
+                 seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+                 lowest: bool = False, exclude: Tensor | None = None, ceiling: float | None = None,
+                 rank: int = 0, world_size: int = 1, loss: str = "nt_xent", random_epochs: int = 0,
+                 at_once: bool = False, ahead: bool = False, embed_size: int = 256):
+        n, B = _check_size(num_samples, batch_size)
+        k = min(40, n // B) if k is None else k
+        k = _integer("k", k, 1) if method == "osgd-replacement" else _check_k(n, B, k)
+        by_loss = method in ("osgd", "osgd-replacement")
+        known = by_loss or method in ("spectral", "random") or callable(method)
+        if not known or not by_loss and (q is not None or lowest):
+            raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; give 'spectral', 'random' or a "
+                             "function without them, or 'osgd', 'osgd-replacement'")
+        if method != "spectral" and (exclude is not None or ceiling is not None):
+            raise ValueError(f"method is {method!r}, and knows neither exclude nor ceiling; give 'spectral'")
+        if at_once and embed is None:
+            raise ValueError("at_once is given and embed is not; give both, or neither")
         q = max(1, k // 10) if q is None else _integer("q", q)
+        two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
         select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature, loss=loss)
         spectral_batches(two, two, 2, 1, temperature, None, refine, None, ceiling)
-        rank, world_size = _integer("rank", rank), _integer("world_size", world_size)
-        if not 0 <= rank < world_size <= n // B:
-            raise ValueError(f"rank is {rank} and world_size {world_size}; give 0 <= rank < world_size <= {n // B}")
+        self.rank, self.world_size, most = _integer("rank", rank), _integer("world_size", world_size), n // B
+        if not 0 <= rank < world_size <= most:
+            raise ValueError(f"rank is {rank} of {world_size}; give 0 <= rank < world_size <= {most}")
         super().__init__(SequentialSampler(range(n)), B, drop_last=True)  # what trainers look at
-        self.num_samples, self.batch_size, self.method, self.refine, self.k, self.q = n, B, method, bool(refine), k, q
-        self.lowest, self.temperature, self.loss = bool(lowest), float(temperature), loss
-        self.ceiling = None if ceiling is None else float(ceiling)
+        self.num_samples, self.batch_size, self.method, self.by_loss = n, B, method, by_loss
+        self.k, self.q, self.lowest, self.refine = k, q, bool(lowest), bool(refine)
+        self.temperature, self.loss, self.seed = float(temperature), loss, _integer("seed", seed)
         self.exclude = _check_exclude(exclude, n, refine, B, k)
-        self.seed, self.random_epochs = _integer("seed", seed), _integer("random_epochs", random_epochs)
-        self.embed, self.embed_size, self.rank, self.world_size = embed, _integer("embed_size", embed_size), rank, world_size
-        self.uv, self.last, self.stale, self.at_once = None, None, False, bool(at_once)
-        self.solved, self.ahead = None, ahead and embed is None and method != "osgd-replacement" and world_size == 1
+        self.ceiling = None if ceiling is None else float(ceiling)
+        self.random_epochs = _integer("random_epochs", random_epochs)
+        self.embed, self.embed_size = embed, _integer("embed_size", embed_size, 1)
+        self.at_once = bool(at_once)
+        self.ahead = bool(ahead) and embed is None and world_size == 1 and method != "osgd-replacement"
+        self.least = k * B if method == "osgd" else B  # samples in a window
+        self.uv = self.last = self.solved = None
+        self.given = deque(maxlen=1024)  # the last steps: epoch, step, batches
         with torch.inference_mode(False):  # what is made inside it could not be written to in training
             self.seen = torch.zeros(n, dtype=torch.bool)
         self.generator = torch.Generator()
         self._begin(0)
 
-    def _begin(self, epoch: int) -> None:
-        """The epoch's first batch comes next, of a new permutation."""
-        self._wait()
-        self.rest, self.random = torch.empty(0, dtype=torch.int64), 0  # of a permutation; its first, random batches
-        self.pending = []  # batches of the window
-        self._enter(epoch)
-
-    def _enter(self, epoch: int) -> None:
+    def _begin(self, epoch: int, go_on: bool = False) -> None:
+        """The epoch's first batch comes next: of a new permutation, or where the last epoch ended."""
+        if not go_on:
+            self._ended()
+            self.rest = torch.empty(0, dtype=torch.int64)  # of a permutation
+            self.random, self.pending = 0, []  # so many batches of it are random; those of the window
+        self.stale = self.at_once and (not go_on or self.stale or self.method == "osgd-replacement")
         self.epoch, self.step, self.loaded = epoch, 0, False
         self.generator.manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
+        self.before = None  # the generator's state before a window that is not out yet
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets what the next iteration gives; otherwise that is the epoch after the last. Keeps a loaded position."""
+        """Sets the epoch that comes next; else it is the one after the last. Keeps a loaded position."""
         if epoch != self.epoch or self.step and not self.loaded:
             self._begin(_integer("epoch", epoch))
 
@@ -593,15 +615,16 @@ class ContrastiveBatchSampler(BatchSampler):
             while len(self.pending) < self.world_size:  # so all processes choose at the same step
                 self.pending += self._choose()
             batches, self.pending = self.pending[:self.world_size], self.pending[self.world_size:]
+            self.given.append((self.epoch, self.step, batches))
             self.step += 1
             if self.step == len(self):  # before the last batch is out: not every loop asks for one more
-                self._enter(self.epoch + 1)
+                self._begin(self.epoch + 1, go_on=self.by_loss)
             yield batches[self.rank]
 
     def _choose(self) -> list[list[int]]:
         """The batches of the next window."""
-        B, n, least = self.batch_size, self.num_samples, self.k if self.method == "osgd" else 1
-        if not self.random and len(self.rest) < least * B:
+        B, n = self.batch_size, self.num_samples
+        if not self.random and len(self.rest) < self.least:
             self.rest = torch.randperm(n, generator=self.generator)
             if self.method == "random" or self.epoch < self.random_epochs:
                 self.random = n // B
@@ -610,55 +633,75 @@ class ContrastiveBatchSampler(BatchSampler):
                 self.rest = self.rest[seen.byte().argsort(stable=True)]  # those without an embedding first
                 self.random = min(math.ceil(int((~seen).sum()) / B), n // B)
             self.stale = self.at_once and not self.random
-        count, self.last = min(self.random or self.k, len(self.rest) // B), None
-        rows, local = self.rest[:count * B], torch.arange(count * B).view(-1, B)
+        rows, local = self._window()
+        taken, self.last = len(rows), None
         if self.random:
-            batches = rows.view(-1, B)
+            batches = rows[local]
         elif self.solved:
-            batches, self.last = self._wait()
+            batches, self.last = self._ended().result()
         else:
+            self.before = self.generator.get_state()
             if self.method == "osgd-replacement":
                 draws = random_batches_with_replacement(self.k, n, B, self.generator)
-                (rows, local), count = draws.unique(return_inverse=True), 0
-            batches, self.last = self._solve(*self._embeddings(rows), rows, local)
+                (rows, local), taken = draws.unique(return_inverse=True), 0
+            batches, self.last = self._solve(rows, local, *self._embeddings(rows))
         shared = [batches.tolist()]
-        if _processes() > 1:
+        if _world()[1] > 1:
             dist.broadcast_object_list(shared)
-        self.rest, self.random = self.rest[count * B:], max(0, self.random - count)  # now: embed may be interrupted
-        if self.ahead and not self.random and len(self.rest) >= least * B and self.uv is not None:
-            rows = self.rest[:min(self.k, len(self.rest) // B) * B]
-            self.before, local = self.generator.get_state(), torch.arange(len(rows)).view(-1, B)
-            self.solved = _WORKER.submit(self._solve, *(x.cpu() for x in self._embeddings(rows)), rows, local)
+        # Only now: embed may be interrupted.
+        self.rest, self.random, self.before = self.rest[taken:], max(0, self.random - taken // B), None
+        if self.ahead and not self.random and len(self.rest) >= self.least and self.uv is not None:
+            self.before, (rows, local) = self.generator.get_state(), self._window()
+            thread = ThreadPoolExecutor(1)  # a new one: after a fork an old one would wait for ever
+            self.solved = thread.submit(self._solve, rows, local, *self._embeddings(rows))
+            thread.shutdown(wait=False)
         return shared[0]
 
-    def _solve(self, u: Tensor, v: Tensor, rows: Tensor, local: Tensor) -> tuple[Tensor, tuple]:
-        """The batches [m, B] of the window `rows` [c] with embeddings u, v [c, d], and what window_losses needs."""
-        if self.method == "spectral":
+    def _window(self) -> tuple[Tensor, Tensor]:
+        """The next samples of the permutation, and batches of them, numbers of these rows."""
+        count = min(self.random or self.k, len(self.rest) // self.batch_size)
+        local = torch.arange(count * self.batch_size).view(count, -1)
+        return self.rest[:local.numel()], local
+
+    def _solve(self, rows: Tensor, local: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
+        """The batches chosen in the window `rows` [c], local [k, B], with embeddings u, v [c, d]; and what
+        window_losses needs."""
+        B, k, temperature = self.batch_size, len(local), self.temperature
+        if self.by_loss:
+            chosen = select_by_loss(u, v, local, self.q, temperature, self.lowest, self.loss)
+        elif self.method == "spectral":
             exclude = None if self.exclude is None else self.exclude[rows]
-            chosen = spectral_batches(u, v, self.batch_size, len(local), self.temperature, self.generator, self.refine,
-                                      exclude, self.ceiling)
-        elif callable(self.method):
-            chosen = self.method(u, v, self.batch_size, len(local), self.temperature, self.generator)
+            chosen = spectral_batches(u, v, B, k, temperature, self.generator, self.refine, exclude,
+                                      self.ceiling)
         else:
-            chosen = select_by_loss(u, v, local, self.q, self.temperature, self.lowest, self.loss)
+            _check(u, v, temperature, read=True)
+            chosen = self.method(u, v, B, k, temperature, self.generator)
+            _check_batches(chosen, len(rows), read=True)
+            if len(chosen) == 0 or chosen.shape[1] != B:
+                raise ValueError(f"the method gave {_kind(chosen)}; give rows of the window, [m, {B}]")
         return rows[chosen.cpu()], (u, v, rows, chosen, local)
 
-    def _wait(self) -> tuple[Tensor, tuple] | None:
-        """What was solved ahead; afterwards the generator is free."""
+    def _ended(self) -> Future | None:
+        """What was chosen ahead, if anything was: the thread has ended, and the generator is free."""
+        if self.solved:
+            wait([self.solved])  # may be interrupted, and then is still there
         solved, self.solved = self.solved, None
-        return solved and solved.result()
+        return solved
 
     def _embeddings(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """u, v [m, d] of the samples `rows` [m]."""
         if self.stale:
             self.uv, self.stale = torch.stack(self._embed(torch.arange(self.num_samples)), 1), False
-        if self.embed is None or self.at_once:
-            return self.uv[rows.to(self.uv.device)].unbind(1)
-        return self._embed(rows)
+        if self.embed is not None and not self.at_once:
+            return self._embed(rows)
+        uv = self.uv[rows.to(self.uv.device)]
+        # Ahead, all windows on the CPU: a resumed run itself chooses one that a thread had begun.
+        return (uv.cpu() if self.ahead else uv).unbind(1)
 
     def _embed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        share = -(-len(rows) // _processes())
-        own = rows[(torch.arange(share) + share * (dist.get_rank() if _processes() > 1 else 0)) % len(rows)]
+        rank, processes = _world()
+        share = -(-len(rows) // processes)
+        own = rows[(torch.arange(share) + share * rank) % len(rows)]
         with torch.no_grad():
             parts = [self.embed(part) for part in own.split(self.embed_size)]
         if any(not isinstance(x, (tuple, list)) or len(x) != 2 for x in parts):
@@ -669,78 +712,88 @@ class ContrastiveBatchSampler(BatchSampler):
         return tuple(of_all_processes(x)[:len(rows)] for x in (u, v))
 
     def window_losses(self) -> dict[str, Tensor] | None:
-        """Of the window that the last batch came from, on the embeddings it was chosen by: `chosen` [m], the losses of
-        its batches, `random` [c], of random ones of the same samples (of OSGD: those it chose from), and these
-        batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where the batches are random."""
+        """Of the window that the last batch came from, on the embeddings it was chosen by: the losses
+        `chosen` [m] of its batches, `random` [c] of random ones of its samples (osgd: those it chose from), and
+        these batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where the batches are random."""
         if self.last is None:
             return None
         u, v, rows, *both = self.last
-        chosen, random = (batch_losses(u, v, x, self.temperature, self.loss) for x in both)
-        chosen_rows, random_rows = (rows[x.cpu()] for x in both)
-        return {"chosen": chosen, "random": random, "chosen_rows": chosen_rows, "random_rows": random_rows}
+        values = [batch_losses(u, v, x, self.temperature, self.loss) for x in both]
+        values += [rows[x.cpu()] for x in both]
+        return dict(zip(("chosen", "random", "chosen_rows", "random_rows"), values))
 
     def update(self, indices: Tensor | list[int], u: Tensor, v: Tensor) -> None:
         """Stores u, v [m, d] of the samples `indices` [m], on the device of u and without waiting for it.
 
         Where torch.distributed runs several processes all call it, with the same m, and store what all gave.
-        Raises ValueError for shapes that do not fit, a sampler with embed and, on the CPU, indices outside [0, n).
+        Raises ValueError for shapes that do not fit, with embed and, on the CPU, for indices outside [0, n).
         """
         _check(u, v, self.temperature, read=False)
-        indices, d = torch.as_tensor(indices), u.shape[1] if self.uv is None else self.uv.shape[2]
+        indices, n = torch.as_tensor(indices), self.num_samples
+        d = (u if self.uv is None else self.uv).shape[-1]
         if self.embed is not None:
             raise ValueError("update is called and embed was given; leave out one of the two")
         if indices.dtype != torch.int64 or indices.shape != u.shape[:1] or u.shape[1] != d:
-            raise ValueError(f"indices is {tuple(indices.shape)} {indices.dtype} and u {tuple(u.shape)}; "
-                             f"give m int64 indices and [m, {d}] embeddings")
-        if indices.device.type == "cpu" and len(u) and not 0 <= indices.min() <= indices.max() < self.num_samples:
-            raise ValueError(f"indices go from {indices.min()} to {indices.max()}; give 0 to {self.num_samples - 1}")
+            raise ValueError(f"indices is {_kind(indices)} and u {_kind(u)}; give int64 [m] and [m, {d}]")
+        if indices.device.type == "cpu" and len(u) and not 0 <= indices.min() <= indices.max() < n:
+            raise ValueError(f"indices go from {indices.min()} to {indices.max()}; give 0 to {n - 1}")
         with torch.inference_mode(False), torch.no_grad():
+            # Rows of float64 may be out of float32's range.
+            u, v = ((_unit(x) if x.dtype == torch.float64 else x).float() for x in (u, v))
+            uv = of_all_processes(torch.stack([u, v], 1))
             indices = of_all_processes(indices.to(u.device, non_blocking=True))
-            uv = of_all_processes(torch.stack([u.float(), v.float()], 1))
             if self.uv is None:
-                self.uv = torch.zeros(self.num_samples, 2, d, dtype=torch.float32, device=u.device)
+                self.uv = torch.zeros(n, 2, d, dtype=torch.float32, device=u.device)
             self.uv, self.seen = self.uv.to(u.device), self.seen.to(u.device)
             self.uv.index_copy_(0, indices, uv)
             self.seen.index_fill_(0, indices, True)
 
     def _made(self) -> dict:
-        made = {name: getattr(self, name) for name in self.MADE} | {"embed": self.embed is not None}
-        return made | {"method": getattr(self.method, "__name__", self.method)}
+        made = {name: getattr(self, name) for name in self.MADE} | {"embed": self.embed and "given"}
+        if callable(self.method):
+            made["method"] = getattr(self.method, "__name__", type(self.method).__name__)
+        return made | {"exclude": None if self.exclude is None else self.exclude.tolist()}
 
-    def state_dict(self) -> dict:
-        """Where the epoch stands, and what update stored: after load_state_dict the rest follows exactly."""
+    def state_dict(self, behind: int = 0) -> dict:
+        """Where the epoch stands, and what update stored: after load_state_dict the rest follows exactly.
+        behind: so many batches, the last that were given, are fetched and not trained on; they come again."""
+        if not 0 <= _integer("behind", behind) <= len(self.given):
+            raise ValueError(f"behind is {behind}; give 0 to {len(self.given)}")
+        generator = self.generator.get_state() if self.before is None else self.before
         state = {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
-        generator = self.before if self.solved else self.generator.get_state()
-        return state | self._made() | {"generator": generator, "exclude": self.exclude}
+        for epoch, step, batches in list(self.given)[::-1][:behind]:
+            state |= {"epoch": epoch, "step": step, "pending": copy.deepcopy(batches) + state["pending"]}
+        return {"generator": generator} | state | self._made()
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where state_dict was called. Raises ValueError where the samplers were made otherwise (MADE)."""
+        """Goes on where state_dict was called. Raises ValueError where the sampler was made otherwise."""
         made = self._made()
-        if missing := [name for name in (*made, *self.STATE, "generator", "exclude") if name not in state]:
-            raise ValueError(f"the state has no {', '.join(missing)}; give what state_dict of this class returned")
-        if state["embed"] != made["embed"]:
-            raise ValueError(f"for this state make the sampler {'with' if state['embed'] else 'without'} embed")
+        if missing := [name for name in (*made, *self.STATE, "generator") if name not in state]:
+            raise ValueError(f"the state has no {', '.join(missing)}; give what state_dict of this class is")
         for name, value in made.items():
             if state[name] != value:
-                raise ValueError(f"{name} is {value}; for this state make the sampler with {state[name]}")
-        groups = [torch.empty(0) if x is None else x.cpu() for x in (self.exclude, state["exclude"])]
-        if not torch.equal(*groups):
-            raise ValueError("exclude is not that of this state; make the sampler with the same groups")
-        self._wait()
-        for name in self.STATE:
-            setattr(self, name, copy.deepcopy(state[name]))
+                raise ValueError(f"{name} is {value!r:.80}; for this state make the sampler with {name} "
+                                 f"{state[name]!r:.80}")
+        self._begin(0)
+        with torch.inference_mode(False):
+            for name in self.STATE:
+                setattr(self, name, copy.deepcopy(state[name]))
         self.generator.set_state(state["generator"])
         self.loaded, self.last = True, None
+        self.given.clear()
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _world() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def of_all_processes(x: Tensor) -> Tensor:
     """The rows of x [m, ...] of every process, one after another; each gives the same m."""
-    if _processes() == 1:
+    if (processes := _world()[1]) == 1:
         return x
-    every = [torch.empty_like(x) for _ in range(_processes())]
+    every = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(every, x.contiguous())
     return torch.cat(every)
