@@ -58,13 +58,14 @@ def test_two_processes_equal_one_that_adds_the_gradients(sampler, objective, lea
     torch.manual_seed(0)
     model, sogclr = ContrastiveModel(), SogCLRLoss(24)
     model.to(memory_format=torch.channels_last)
-    optimizer, uv = LARS(model.parameters(), lr=0), torch.zeros(24, 2, 128)
-    for step, batches in enumerate(both):
+    optimizer, uv, losses = LARS(model.parameters(), lr=0), torch.zeros(24, 2, 128), []
+    for batches in both:
         assert len({*torch.cat([rows for rows, _, _ in batches]).tolist()}) == 8  # no image twice in a step
         for rows, uniform, lr in batches:
             views = augment(images[rows].repeat(2, 1, 1, 1), 32, uniform, (0.5, 1.0), 0.5)
             z1, z2 = (model(x.contiguous(memory_format=torch.channels_last)) for x in views.chunk(2))
-            (nt_xent(z1, z2) if objective == "simclr" else sogclr(z1, z2, rows)).div(2).backward()
+            losses.append(nt_xent(z1, z2) if objective == "simclr" else sogclr(z1, z2, rows))
+            losses[-1].div(2).backward()
             uv[rows] = torch.stack([z1, z2], 1).detach()
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -72,6 +73,8 @@ def test_two_processes_equal_one_that_adds_the_gradients(sampler, objective, lea
     assert both[0][0][2] == pytest.approx(0.075 * 8 ** 0.5)  # of the batches of a step together
     for name, weight in model.named_parameters():
         torch.testing.assert_close(saved["model"][name], weight.detach(), rtol=1e-5, atol=1e-5, msg=name)
+    logged = [line["loss"] for line in saved["journal"]["log"]]
+    assert logged == pytest.approx(torch.stack(losses).view(3, 6).mean(1).tolist(), abs=1e-4)
     if objective == "sogclr":
         torch.testing.assert_close(saved["sogclr"]["log_u"], sogclr.log_u, rtol=1e-4, atol=1e-4)
     if "free" in sampler:
@@ -99,9 +102,18 @@ def test_killed_and_resumed_two_processes_are_the_same_bit_for_bit(leaves, tmp_p
 
 # ------------------------------------------------------------------------------------------------ torchrun
 def work(argv, folder):
-    """What torchrun starts; it leaves its id."""
-    (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
-    child(argv, folder / "out.txt")
+    """What torchrun starts; it leaves its id, and whether it saw the checkpoint when it left."""
+    rank, write = os.environ["RANK"], train.write_checkpoint
+
+    def slowly(*arguments):  # as to a slow disk
+        time.sleep(0.5)
+        write(*arguments)
+    train.write_checkpoint = slowly
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    try:
+        child(argv, folder / "out.txt")
+    finally:
+        (folder / f"left{rank}").write_text(str((folder / "run" / "checkpoint.pt").exists()))
 
 
 def agent(argv, folder):
@@ -120,14 +132,16 @@ def torchrun(argv, folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_of_torchrun_saves(number, leaves, tmp_path):
-    argv = few(leaves, tmp_path / "run", "--sampler", "spectral", "--k", "3", "--epochs", "9000")
+    argv = few(leaves, tmp_path / "run", "--k", "3", "--limit", "2048")  # 256 steps an epoch
     process = torchrun(argv, tmp_path)
     wait_for(lambda: "loss" in text(tmp_path / "out.txt"), process)
     if number == signal.SIGINT:  # a terminal sends it to all, and torchrun once more
         for rank in range(2):
             os.kill(int(text(tmp_path / f"pid{rank}")), number)
+        time.sleep(0.3)
     os.kill(process.pid, number)
     finish(process)
+    assert [text(tmp_path / f"left{rank}") for rank in range(2)] == ["True", "True"]
     said, step = text(tmp_path / "out.txt"), checkpoint(tmp_path / "run")["journal"]["step"]
     assert said.count(f"saved at step {step}; go on with: torchrun --nproc_per_node 2 ") == 1
     assert "Error" not in said.split("saved at")[0]

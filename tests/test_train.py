@@ -374,14 +374,14 @@ def test_help_names_every_knob(capsys):
 
 def test_the_journal_estimates(tmp_path, capsys):
     """Images a second; and the time of a run that is to select first for an hour, after seconds."""
-    knobs = train.settle("--dataset tinyimagenet --sampler osgd --k 1500 --q 150 --max-steps 2000".split())
-    journal = runfolder.Journal(tmp_path, knobs, torch.device("cpu"), 50_000)
+    knobs = train.settle("--dataset tinyimagenet --sampler osgd --k 1500 --q 150 --max-steps 60".split())
+    journal = runfolder.Journal(tmp_path, knobs, torch.device("cpu"), 40)
     journal._scalars = lambda **values: None
     journal.reported, journal.seconds, journal.estimated, journal.ticked = 0, 0.0, False, time.perf_counter()
     journal.selecting(48_000)
-    journal.ticked -= 10
-    journal.embedding(4)  # 2.5 s an image; of 10 one is trained on, which takes as long as embedding 3
-    days = 2.5 * 2000 * 32 * 13 / 86400
+    journal.ticked -= 1000
+    journal.embedding(4)  # 250 s an image; of 10 one is trained on, which takes as long as embedding 3
+    days = 250 * 60 * 32 * 13 / 86400
     said = capsys.readouterr().out
     assert f"the whole run takes {days:.0f} days here; --image-size 32 --limit 8192: about" in said
     journal.state["step"], journal.ticked = 2, time.perf_counter() - 10
