@@ -196,8 +196,10 @@ class Journal:
         """Says once what is left of the run, and where that is more than a day what to change."""
         if seconds > 86400 and not self.estimated:  # at 32 px a pixel costs more than at 224
             small = seconds * min(1, (32 / self.knobs["image_size"]) ** 1.8) * min(1, 8192 / self.images)
-            self.say(f"the whole run takes {seconds / 86400:.0f} days here; --image-size 32 --limit 8192: "
-                     f"about {max(1, small / 3600):.0f} hours")
+            most = 8192 // self.knobs["batch_size"]
+            fewer = f" --k {most}" * ((self.knobs["k"] or 0) > most)
+            self.say(f"the whole run takes {seconds / 86400:.0f} days here; --image-size 32 --limit 8192"
+                     f"{fewer}: about {max(1, small / 3600):.0f} hours")
         self.estimated = True
 
     def pairs(self, views: Tensor) -> None:

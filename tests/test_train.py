@@ -383,7 +383,7 @@ def test_the_journal_estimates(tmp_path, capsys):
     journal.embedding(4)  # 250 s an image; of 10 one is trained on, which takes as long as embedding 3
     days = 250 * 60 * 32 * 13 / 86400
     said = capsys.readouterr().out
-    assert f"the whole run takes {days:.0f} days here; --image-size 32 --limit 8192: about" in said
+    assert f"the whole run takes {days:.0f} days here; --image-size 32 --limit 8192 --k 256: about" in said
     journal.state["step"], journal.ticked = 2, time.perf_counter() - 10
     journal.report([1.0, 1.0], 0.1)
     line = capsys.readouterr().out
