@@ -3,7 +3,7 @@
 #   bash run_all.sh [OPTION ...] [STAGE ...]
 # Stages, in order; without any named, all but test and examples:
 #   setup: .venv; test; synthetic: results/synthetic/; train: runs/; bench: results/samplers.json; retrieval:
-#   results/quick/ or results/DATASET/; report: results/report.html; examples: those of examples/ and their tests
+#   results/quick/ or results/DATASET/; report: results/report.html; examples: all in examples/, its tests too
 #   --full      the paper's twelve runs (the default where there are a CUDA GPU and one of their data sets)
 #   --quick     the same on generated images, small: ten minutes on two cores (the default elsewhere)
 #   --own-size  with --full: views of the images' own size, 32 or 64 pixels, instead of 224
@@ -27,10 +27,7 @@ while [ $# -gt 0 ]; do
     --own-size) own=own- ;;
     --fresh) fresh=old-$(date +%Y%m%d-%H%M%S) ;;
     --dry-run) dry=yes ;;
-    --jobs)
-      jobs=${2:-nothing}
-      [[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || fail "--jobs $jobs: give a number, 1 to 999"
-      shift ;;
+    --jobs) [[ ${2:-} =~ ^[1-9][0-9]{0,2}$ ]] || fail "--jobs ${2:-}: give 1 to 999"; jobs=$2; shift ;;
     setup | test | synthetic | train | bench | retrieval | report | examples) stages+=" $1 " ;;
     -*) fail "$1 is no option; options: --full --quick --own-size --fresh --jobs N --dry-run --help" ;;
     *) fail "$1 is no stage; stages: setup test synthetic train bench retrieval report examples" ;;
@@ -41,7 +38,7 @@ stages=${stages:- synthetic train bench retrieval report }
 [[ ${DATA_DIR:-/} = /* ]] || DATA_DIR=$PWD/$DATA_DIR  # from where the caller is
 [ -d "${DATA_DIR:-/}" ] || fail "DATA_DIR=$DATA_DIR is no folder; make it, or leave it out for data/"
 [[ ${RUN_PYTHON:-} != [!/]*/* ]] || RUN_PYTHON=$PWD/$RUN_PYTHON
-command -v "${RUN_PYTHON:-bash}" >/dev/null || fail "RUN_PYTHON=$RUN_PYTHON is no program; leave it out for .venv"
+command -v "${RUN_PYTHON:-bash}" >/dev/null || fail "RUN_PYTHON=$RUN_PYTHON is no program; or leave it out"
 cd "$(dirname "$0")"
 data=${DATA_DIR:-data} python=${RUN_PYTHON:-.venv/bin/python}
 
@@ -67,7 +64,8 @@ Python 3.10 or newer with venv; apt-get install python3-venv, or name one: PYTHO
     fail "no .venv could be made, $why"
   # Without a GPU the CPU builds are several GB smaller; not every index has both of the pair.
   if [ -z "$(driver)" ]; then
-    call $python -m pip install torch==2.14.1+cpu torchvision==0.29.1+cpu 2>/dev/null && touch .venv/cpu-only || :
+    call $python -m pip install torch==2.14.1+cpu torchvision==0.29.1+cpu 2>/dev/null &&
+      touch .venv/cpu-only || :
   fi
   call $python -m pip install -r requirements.txt || fail "pip could not install the packages, $why"
   cp requirements.txt .venv/complete  # last: a half-made .venv is never used
@@ -75,11 +73,10 @@ Python 3.10 or newer with venv; apt-get install python3-venv, or name one: PYTHO
 
 settle() {  # what depends on whether there is a GPU
   local sets="" cost="20 hours of one GPU at an assumed 60 TFLOP/s (4.4e18 operations)"
+  local ask="import torch; print(torch.cuda.is_available() * torch.cuda.device_count())"
   if packages; then
-    gpus=$("$python" -c 'import torch; print(torch.cuda.is_available() * torch.cuda.device_count())') ||
-      fail "$python cannot import torch: give it the packages of requirements.txt"
+    gpus=$("$python" -c "$ask" 2>/dev/null) || fail "$python cannot import torch: give it requirements.txt"
   elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then gpus=0; else gpus=$(driver | wc -l); fi  # until it can say
-  if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
   slots=${jobs:-$((gpus > 0 ? gpus : $(OMP_NUM_THREADS="" nproc)))}
   IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((gpus - 1)))}"
   if [ $mode = auto ] && [ "$gpus" -gt 0 ]; then
@@ -99,7 +96,7 @@ settle() {  # what depends on whether there is a GPU
 }
 
 # ---------------------------------------------------------------------------------------- stages
-# Each lists its steps, a line each: a name, the result (-: none, run each time), and the command for the shell.
+# Each lists its steps, a line each: a name, the result (-: none, always run), and the command for the shell.
 emit() { echo "$1 $2$(printf ' %q' "$python" "${@:3}")"; }
 
 test_() {  # in two processes that take about as long
@@ -109,9 +106,9 @@ test_() {  # in two processes that take about as long
 }
 
 synthetic() {  # toy first: a picture in the first minute
-  local name experiments="toy optima convergence subsets histograms"
-  if [ -z "$quick" ]; then experiments+=" temperature scaling"; fi  # small, they can settle nothing
-  for name in $experiments; do
+  local name large=""
+  if [ -z "$quick" ]; then large="temperature scaling"; fi  # small, they can settle nothing
+  for name in toy angle optima convergence subsets histograms $large; do
     emit "$name" "results/synthetic/$name.json" synthetic.py $quick --experiment $name --out results/synthetic
   done
 }
@@ -122,6 +119,7 @@ train() {
     case $own$dataset in own-cifar100) size=32 ;; own-tinyimagenet) size=64 ;; *) size="" ;; esac
     for seed in ${SEEDS:-0}; do for objective in $objectives; do for sampler in $samplers; do
       name=${set_name:-$own$dataset}-$sampler-$objective resume=""
+      if [ -n "$quick" ]; then name=${name%-simclr}; fi
       if [ "$seed" != 0 ]; then name+=-seed$seed; fi
       if [ -e "runs/$name/checkpoint.pt" ] && [ -z "$fresh" ]; then resume=--resume; fi
       emit "$name" "runs/$name/result.json" train.py --dataset "$dataset" --sampler "$sampler" \
@@ -222,6 +220,7 @@ trap 'stop 143' TERM
 
 settle
 if ! packages; then setup; settle; fi
+if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 all="test_ synthetic train bench retrieval report examples"
 mapfile -t todo < <(steps $all | cut -d " " -f 1)
 if [ -z "$dry" ]; then

@@ -1,4 +1,4 @@
-"""Tests of run_all.sh on a stand-in for Python that notes what it was asked to do.  Run: pytest tests/test_run_all.py"""
+"""Tests of run_all.sh on a stand-in for Python that notes what it is asked.  Run: pytest tests/test_run_all.py"""
 import fcntl
 import os
 import re
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parents[1]
-# Writes what the real commands would; a file fail-WORD lets the commands fail that hold the word, hang-WORD lets
-# them hang once their checkpoint is written. PyTorch has as many GPUs as the file gpus says.
+# Writes what the real commands would; a file fail-WORD lets the commands that hold the word fail, hang-WORD lets
+# them hang once their checkpoint is written; PyTorch has as many GPUs as the file gpus says.
 PYTHON = r"""#!/usr/bin/env bash
-if [ "$1" = -c ]; then case $2 in *torch*) cat gpus 2>/dev/null || echo 0; exit ;; *) exec python3 "$@" ;; esac; fi
+case $1$2 in -c*torch*) cat gpus 2>/dev/null || echo 0; exit ;; -c*) exec python3 "$@" ;; esac
 echo "$*" >>calls
-echo "${CUDA_VISIBLE_DEVICES-none} ${OMP_NUM_THREADS-none} $(date +%s%N) PIP ${PIP_USER-}${PIP_TARGET-}" >>devices
+echo "${CUDA_VISIBLE_DEVICES-none} ${OMP_NUM_THREADS-none} $(date +%s%N) ${PIP_USER-}${PIP_TARGET-}" >>devices
 all=$* out="" name=""
 while [ $# -gt 0 ]; do
   case $1 in --out | --out-dir) out=$2 ;; --experiment) name=$2 ;; esac
@@ -41,9 +41,9 @@ case $all in
   bench.py*) mkdir -p results; echo "$all" >"$out" ;;
 esac
 """
-SETTINGS = "DATA_DIR", "DATASETS", "SAMPLERS", "OBJECTIVES", "SEEDS", "TRAIN_FLAGS", "PYTHON", "OMP_NUM_THREADS"
-RUNS = [f"quick-{sampler}-simclr" for sampler in ("random", "osgd", "spectral", "refined")]
-EXPERIMENTS = ["toy", "optima", "convergence", "subsets", "histograms"]
+SETTINGS = "DATA_DIR DATASETS SAMPLERS OBJECTIVES SEEDS TRAIN_FLAGS PYTHON OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
+RUNS = [f"quick-{sampler}" for sampler in ("random", "osgd", "spectral", "refined")]
+EXPERIMENTS = ["toy", "angle", "optima", "convergence", "subsets", "histograms"]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def program(path, text):
 
 
 def environment(repo, **more):
-    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS.split()}
     return kept | {"RUN_PYTHON": "./fake", "PATH": f"{repo}:{os.environ['PATH']}"} | more
 
 
@@ -69,8 +69,8 @@ def run(repo, *words, **more):
     """Exit code, stdout, stderr, and what was asked of Python."""
     (repo / "calls").write_text("")
     (repo / "devices").write_text("")
-    done = subprocess.run(["bash", "run_all.sh", *words], cwd=repo, capture_output=True, text=True, timeout=60,
-                          env=environment(repo, **more))
+    done = subprocess.run(["bash", "run_all.sh", *words], cwd=repo, env=environment(repo, **more), timeout=60,
+                          capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr, (repo / "calls").read_text().splitlines()
 
 
@@ -84,8 +84,8 @@ def listed(repo, *words, **more):
 def started(repo, words, until, **more):
     """run_all.sh in a process group of its own, once the calls of Python hold `until`."""
     (repo / "calls").write_text("")
-    process = subprocess.Popen(["bash", "run_all.sh", *words], cwd=repo, env=environment(repo, **more), text=True,
-                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = subprocess.Popen(["bash", "run_all.sh", *words], cwd=repo, env=environment(repo, **more),
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     give_up = time.time() + 20
     while until not in (repo / "calls").read_text():
@@ -106,18 +106,19 @@ def nothing_left_of(group):
     return False
 
 
-# ---------------------------------------------------------------------------------------- what is done, and again
+# ------------------------------------------------------------------------------- what is done, and again
 def test_all_of_it_and_then_nothing(repo):
     code, out, _, calls = run(repo, "--jobs", "1")
     assert code == 0
     assert calls[0] == "synthetic.py --quick --experiment toy --out results/synthetic"  # the first picture
     assert [call.split()[0] for call in calls] == [
-        "synthetic.py"] * 5 + ["train.py"] * 4 + ["bench.py", "retrieval.py", "report.py"]
-    assert f"minute 0: optima; to come: {' '.join(EXPERIMENTS[2:] + RUNS)} bench retrieval-quick report\n" in out
+        "synthetic.py"] * 6 + ["train.py"] * 4 + ["bench.py", "retrieval.py", "report.py"]
+    to_come = " ".join(EXPERIMENTS[2:] + RUNS + ["bench", "retrieval-quick", "report"])
+    assert f"minute 0: angle; to come: {to_come}\n" in out
     assert "toy: it says synthetic.py" in out and "report: it says report.py" in out
     assert re.findall("runs/([^ ]*)", calls[-2]) == sorted(RUNS)
     code, out, _, calls = run(repo)
-    assert code == 0 and calls == ["report.py"] and out.count("== skip") == 11
+    assert code == 0 and calls == ["report.py"] and out.count("== skip") == 12
     assert "== skip toy: results/synthetic/toy.json is there" in out
 
 
@@ -125,10 +126,10 @@ def test_fresh_moves_away_and_starts_over(repo):
     run(repo)
     before = (repo / f"runs/{RUNS[0]}/result.json").read_text()
     (repo / "results/report.html").touch()
-    assert len(listed(repo, "--fresh")) == 12 and not list(repo.glob("old-*"))
+    assert len(listed(repo, "--fresh")) == 13 and not list(repo.glob("old-*"))
     assert not any("--resume" in line for line in listed(repo, "--fresh"))
     code, _, _, calls = run(repo, "--fresh", "train", "synthetic", SAMPLERS="random")
-    assert code == 0 and len(calls) == 6 and not any("--resume" in call for call in calls)
+    assert code == 0 and len(calls) == 7 and not any("--resume" in call for call in calls)
     old, = repo.glob("old-*")
     assert (old / f"runs/{RUNS[0]}/result.json").read_text() == before
     assert (old / "results/synthetic/toy.png").exists() and (repo / f"runs/{RUNS[1]}/result.json").exists()
@@ -181,7 +182,7 @@ def test_a_lost_reader_costs_no_run(repo):
     assert all((repo / f"runs/{name}/result.json").exists() for name in RUNS)
 
 
-# ---------------------------------------------------------------------------------------- the tests
+# ------------------------------------------------------------------------------- the tests
 def test_each_test_file_is_in_one_of_the_two_processes(repo):
     first, second = listed(repo, "test")
     apart = first.removeprefix("-m pytest -q ").split()
@@ -200,9 +201,9 @@ def test_tests_that_fail(repo, which):
     assert f"FAILED test-{'2' if 'ignore' in which else '1'}; its output:" in error
 
 
-# ---------------------------------------------------------------------------------------- interruptions
+# ------------------------------------------------------------------------------- interruptions
 @pytest.mark.parametrize("where, kind, code, jobs", [
-    ("histograms", signal.SIGINT, 130, "1"), ("osgd", signal.SIGINT, 130, "2"), ("retrieval", signal.SIGINT, 130, "1"),
+    ("histograms", signal.SIGINT, 130, "1"), ("osgd", signal.SIGINT, 130, "2"), ("bench", signal.SIGINT, 130, "1"),
     ("osgd", signal.SIGTERM, 143, "2"), ("osgd", signal.SIGHUP, 129, "1"), ("osgd", signal.SIGKILL, -9, "1")])
 def test_interrupted_and_gone_on_with(repo, where, kind, code, jobs):
     (repo / f"hang-{where}").touch()
@@ -230,10 +231,10 @@ def test_a_signal_to_the_script_alone_ends_its_commands(repo, stage, word):
     assert nothing_left_of(process.pid)
 
 
-# ---------------------------------------------------------------------------------------- what is to be run
+# ------------------------------------------------------------------------------- what is to be run
 def test_dry_run_runs_nothing(repo):
     before = {*repo.rglob("*")}
-    assert len(listed(repo)) == 12
+    assert len(listed(repo)) == 13
     assert {*repo.rglob("*")} - before == {repo / "calls", repo / "devices"}
 
 
@@ -273,7 +274,7 @@ def test_full_is_the_default_with_a_gpu_and_data(repo, folder):
 
 
 @pytest.mark.parametrize("says, code, runs", [
-    ("GPU 0: NVIDIA A100 (UUID: GPU-1)", 0, 12), ("No devices were found", 0, 4), ("NVIDIA-SMI has failed", 9, 4)])
+    ("GPU 0: NVIDIA A100 (UUID: GPU-1)", 0, 12), ("No devices were found", 0, 4), ("It has failed", 9, 4)])
 def test_before_pytorch_is_there_the_driver_is_asked(repo, says, code, runs):
     (repo / "data/cifar-100-python").mkdir(parents=True)
     program(repo / "nvidia-smi", f"#!/bin/sh\necho '{says}'; exit {code}\n")
@@ -296,7 +297,7 @@ def test_without_a_gpu_a_run_a_core_and_a_thread_a_run(repo):
     assert code == 0 and len(calls) == 4 and {*threads} == {"1"} and int(max(times)) - int(min(times)) < 1e9
 
 
-# ---------------------------------------------------------------------------------------- the packages
+# ------------------------------------------------------------------------------- the packages
 def test_setup_when_it_is_needed(repo):
     def needed(**more):
         return "== setup" in run(repo, "--dry-run", RUN_PYTHON="", **more)[1]
@@ -319,12 +320,13 @@ def test_setup_and_a_setup_that_fails(repo):
     (repo / "fail-pip").touch()
     code, _, error, _ = run(repo, "setup", RUN_PYTHON="", PYTHON="./fake")
     assert code == 2 and not (repo / ".venv/complete").exists()
-    assert error.splitlines()[-1].startswith("run_all.sh: error: pip could not install the packages, for the reason")
+    assert error.splitlines()[-1].startswith("run_all.sh: error: pip could not install the packages, for the")
     (repo / "fail-pip").unlink()
     user = {"PIP_USER": "1", "PIP_TARGET": "/elsewhere"}  # would keep the packages out of .venv
     code, _, error, calls = run(repo, "setup", RUN_PYTHON="", PYTHON="./fake", **user)
     assert code == 0 and not error and calls == [
-        "-m venv .venv", "-m pip install torch==2.14.1+cpu torchvision==0.29.1+cpu", "-m pip install -r requirements.txt"]
+        "-m venv .venv", "-m pip install torch==2.14.1+cpu torchvision==0.29.1+cpu",
+        "-m pip install -r requirements.txt"]
     assert {line.split()[-1] for line in (repo / "devices").read_text().splitlines()} == {"0"}
     assert (repo / ".venv/complete").read_text() == "torch\n" and (repo / ".venv/cpu-only").exists()
     assert not run(repo, "setup", RUN_PYTHON="", PYTHON="./fake")[3]
@@ -348,27 +350,39 @@ def test_the_examples(repo):
     (repo / "examples").mkdir()
     for name in "code_search.py", "test_examples.py":
         (repo / "examples" / name).touch()
-    shutil.copy(repo / "requirements.txt", program(repo / ".venv/bin/python", PYTHON) or repo / ".venv/complete")
+    program(repo / ".venv/bin/python", PYTHON)
+    shutil.copy(repo / "requirements.txt", repo / ".venv/complete")
     assert run(repo, "--jobs", "1", "examples", RUN_PYTHON="")[3] == [
         "-m pip install -r requirements-examples.txt", "examples/code_search.py", "-m pytest -q examples"]
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("words, more, said", [
-    (["trian"], {}, "trian is no stage; stages: setup test synthetic train"),
-    (["train", "--fast"], {}, "--fast is no option; options: --full"), (["--jobs", "0"], {}, "--jobs 0: give a number"),
-    (["--jobs"], {}, "--jobs nothing: give a number"), (["--jobs", "1000"], {}, "--jobs 1000: give a number"),
-    (["--jobs", "two"], {}, "--jobs two: give a number"), ([], {"DATA_DIR": "nowhere"}, "/nowhere is no folder; make it"),
-    ([], {"DATA_DIR": "~nosuchuser/x"}, "~nosuchuser/x is no folder"), ([], {"DATASETS": "cifar100"}, "add --full"),
-    (["--own-size"], {}, "add --full"), ([], {"RUN_PYTHON": "no-such-python"}, "no-such-python is no program")])
+    ("trian", {}, "trian is no stage; stages: setup test synthetic train"),
+    ("train --fast", {}, "--fast is no option; options: --full"), ("--jobs", {}, "--jobs : give 1 to 999"),
+    *((f"--jobs {n}", {}, f"--jobs {n}: give 1 to 999") for n in ("0", "two", "1000", "-1")),
+    ("", {"DATA_DIR": "nowhere"}, "/nowhere is no folder; make it"), ("--own-size", {}, "add --full"),
+    ("", {"DATA_DIR": "~nosuchuser/x"}, "~nosuchuser/x is no folder"), ("", {"DATASETS": "cifar100"}, "add --full"),
+    ("", {"RUN_PYTHON": "no-such-python"}, "no-such-python is no program"),
+    ("", {"RUN_PYTHON": "/bin/false"}, "/bin/false cannot import torch: give it requirements.txt")])
 def test_one_line_and_exit_code_2(repo, words, more, said):
-    code, _, error, calls = run(repo, *words, **more)
-    assert code == 2 and not calls and said in error and error.count("\n") == 1 and not (repo / "runs").exists()
+    code, _, error, calls = run(repo, *words.split(), **more)
+    assert code == 2 and not calls and said in error and error.count("\n") == 1
+    assert not (repo / "runs").exists()
+
+
+def test_paths_are_as_the_caller_sees_them(repo):
+    (repo / "more").mkdir()
+    (repo / "run").mkdir()
+    shutil.move(repo / "run_all.sh", repo / "run")
+    done = subprocess.run(["bash", "run/run_all.sh", "--dry-run", "train"], cwd=repo, capture_output=True, text=True,
+                          env=environment(repo, DATA_DIR="more", CDPATH="."))
+    assert done.stdout.startswith(f"{repo}/./fake train.py") and f"--data-dir {repo}/more " in done.stdout
 
 
 def test_help_names_every_stage_and_option(repo):
     done = subprocess.run(["bash", "run_all.sh", "--help"], cwd=repo, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
-    for word in ("setup", "test", "synthetic", "train", "retrieval", "bench", "report", "examples", "--full", "--quick",
-                 "--own-size", "--fresh", "--jobs N", "--dry-run", "DATA_DIR", "RUN_PYTHON"):
+    for word in ("setup test synthetic train bench retrieval report examples --full --quick --own-size --fresh "
+                 "--jobs --dry-run DATA_DIR DATASETS SAMPLERS OBJECTIVES SEEDS TRAIN_FLAGS PYTHON RUN_PYTHON").split():
         assert word in done.stdout
