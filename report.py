@@ -26,7 +26,7 @@ ROWS = [
     ("paper", "angle", "All small batches together have the full batch's optimum: degrees apart", "same"),
     ("paper", "optima", "Trained on all small batches, embeddings end there: relative distance", "all N"),
     ("paper", "subsets", "Trained on fixed small batches, they end above it: by so much loss", "fixed"),
-    ("paper", "convergence", "Hard batches come near the optimum in so many times fewer steps", r"\(6\).*ste"),
+    ("paper", "convergence", "Hard batches come near the optimum in so many times fewer steps", r"\(6\).*st"),
     ("paper", "histograms", "Spectral batches have a higher loss than shuffled ones: by", "spectral.*SGD"),
     ("us", "convergence", "So many times less work, when all pairs looked at count", r"\(6\).*pairs"),
     ("us", "temperature", "The lead at temperature 0.1, as a share of that at 1", r"\(6\).* x temperature"),
@@ -116,8 +116,9 @@ def headline(record: dict) -> tuple[str, list[dict]]:
         "measured": show(row, "difference")} for row in others]
     rates = ", ".join(f"{number(row['R1'], True)} % after {row['group']}" for row in others)
     seeds = f"{base['seeds']} seeds" if base["seeds"] > 1 else "one seed, which settles nothing"
-    return (f"Your runs on {where}: after training on {base['group']} batches {number(base['R1'], True)} % of "
-            f"{base['images']:,} images find their other view first (R@1), {rates} ones ({seeds}).", claims)
+    return (f"Your runs on {where}: after training on {base['group']} batches {number(base['R1'], True)} % "
+            f"of {base['images']:,} images find their other view first (R@1), {rates} ones "
+            f"({seeds}).", claims)
 
 
 def evaluation(record: dict, folder: Path) -> str:

@@ -228,7 +228,9 @@ if [ -z "$dry" ]; then
   if [[ $stages == *" examples "* ]] && [ -z "${RUN_PYTHON:-}" ]; then
     call $python -m pip install -r requirements-examples.txt || fail "no packages for the examples; see above"
   fi
-  while [ -n "$fresh" ] && read -r name result _; do put_away "$name" "$result"; done < <(steps $all)
+  if [ -n "$fresh" ]; then
+    while read -r name result _; do put_away "$name" "$result"; done < <(steps $all)
+  fi
 fi
 slots=2 OMP_NUM_THREADS=1 run test_
 run synthetic train bench
