@@ -33,8 +33,9 @@ def free_folder(out_dir: str, resume: bool) -> Path:
         if not resume and checkpoint.exists():
             raise Stop(f"{folder} holds a run already: add --resume to go on, or give another --out-dir")
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    except OSError as error:
-        raise Stop(f"--out-dir {folder}: {error.strerror}; give another folder") from None
+        str(folder).encode()  # TensorBoard knows no other names
+    except (OSError, UnicodeError) as error:
+        raise Stop(f"--out-dir {folder}: {error}; give another folder") from None
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise Stop(f"--out-dir {folder}: {there} is not a folder that can be written; give another folder")
     return folder
