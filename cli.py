@@ -1,5 +1,5 @@
-"""What the scripts share at their edges: command lines made from a table of knobs, refusals in one line, files that
-are never half-written, the record of what made a result, progress, and the style of figures.
+"""What the scripts share at their edges: command lines made from a table of knobs, refusals in one line,
+files that are never half-written, the record of what made a result, progress, and the style of figures.
 """
 import argparse
 import contextlib
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -35,17 +36,31 @@ class Stop(Exception):
         self.code = code
 
 
-def run(main: Callable[[list[str]], None], script: str, when_interrupted: str = "interrupted") -> int:
+def run(main: Callable[[list[str]], None], script: str, argv: list[str] | None = None) -> int:
     """The exit code of main(words of the command line); a Stop becomes one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if argv is None else argv)
     except Stop as stop:
-        print(stop if stop.code > 2 else f"{script}: error: {stop}", file=sys.stderr)
+        say(f"{stop}" if stop.code > 2 else f"{script}: error: {stop}", sys.stderr)
         return stop.code
     except KeyboardInterrupt:
-        print(when_interrupted, file=sys.stderr)
+        say("interrupted", sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def say(line: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Prints on stdout or `stream`; a closed terminal, a full disk behind it or `| head` costs no run."""
+    stream = stream or sys.stdout
+    try:
+        print(line, end=end, file=stream, flush=True)
+    except OSError:  # the rest goes nowhere, also what Python still holds when it ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def nearest(word: str, words) -> str:
@@ -81,8 +96,9 @@ def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict
     Raises Stop with one line that names what was given and what is allowed.
     """
     usage = f"%(prog)s {words.upper()} ... [--KNOB VALUE ...]" if words else None
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False, usage=usage,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, exit_on_error=False, usage=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     flags = {name: "--" + name.replace("_", "-") for name in knobs}
     for name, (default, allowed, text) in knobs.items():
         own = {key: defaults[name] for key, defaults in dataset_defaults.items() if name in defaults}
@@ -130,7 +146,7 @@ def pick_device(name: str) -> torch.device:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, the old one or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same: a killed process leaves no heap of them
+    temporary = path.with_name(f".{path.name}.tmp")  # the same one: killed processes leave no heap
     try:
         with open(temporary, "wb") as f:
             f.write(content)
@@ -168,38 +184,26 @@ def provenance(device: torch.device) -> dict:
                          **{name: version(name) for name in ("torch", "torchvision", "numpy", "scipy")}}}
 
 
-def say(line: str) -> None:
-    """Prints; a closed terminal, a full disk behind it or `| head` costs no run."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
-
-
 def clock(seconds: float) -> str:
     """Seconds as a person reads them: 0:07, 12:34, 3:20:00."""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
 
 
-def progress(what: str, total: float, unit: str = "", adding: bool = False) -> Callable[[float], None]:
-    """tick(done): after five seconds how far it is and how long it still takes, on stderr: a line rewritten in
-    place on a terminal, else one every ten seconds. What ends sooner prints nothing. adding: done is since the last
-    tick, not since the beginning."""
+def progress(what: str, total: float, unit: str = "") -> Callable[[float], None]:
+    """tick(done): after five seconds how far it is and how long it still takes, on stderr: a line rewritten
+    in place on a terminal, else one every ten seconds. What ends sooner prints nothing."""
     began = shown = time.perf_counter()
-    so_far = 0.0
-    live = sys.stderr.isatty()
+    live = sys.stderr is not None and sys.stderr.isatty()
 
     def tick(done: float) -> None:
-        nonlocal shown, so_far
-        now, so_far = time.perf_counter(), so_far + done if adding else done
-        done = so_far
-        if now - began > 5 and done > 0 and (now - shown > (0.5 if live else 10) or done >= total and live):
+        nonlocal shown
+        now, ends = time.perf_counter(), done >= total
+        if now - began > 5 and done > 0 and (now - shown > (0.5 if live else 10) or ends and live):
             shown = now
             left = clock((now - began) / done * (total - done))
-            with contextlib.suppress(OSError):  # a closed terminal costs no run
-                print(f"{what}: {done:,.0f} of {total:,.0f}{' ' * bool(unit)}{unit}, {left} left".ljust(78),
-                      end="\r" if live and done < total else "\n", file=sys.stderr, flush=True)
+            line = f"{what}: {done:,.0f} of {total:,.0f}{' ' * bool(unit)}{unit}, {left} left"
+            say(line.ljust(78), sys.stderr, end="\r" if live and not ends else "\n")
     return tick
 
 

@@ -1,28 +1,27 @@
-"""Image data sets as one uint8 tensor [N, 3, H, W], decoded once into a memory-mapped cache file.
+"""Image data sets as one uint8 tensor [N, 3, H, W], decoded once into a memory-mapped cache.
 
-    images, labels = load('tinyimagenet', 'train', '~/data')             # finds the zip there, or downloads it
-    images, labels = load('folder', 'val', '~/photos', source_size=96)
+    images, labels = load("tinyimagenet", "train", "~/data")  # finds the zip there, or downloads it
+    images, labels = load("folder", "val", "~/photos", source_size=96)
 
-Every image is decoded once, by all cores, into `<data-dir>/.cache-minibatch/` (where that cannot be written:
-`${XDG_CACHE_HOME:-~/.cache}/minibatch-contrastive/`). Later starts map the file: no decoding, one copy in memory for
-all processes, and sets larger than memory work. The cache folder can be deleted at any time.
+Every image is decoded once, by all cores, into two .npy files in `<data-dir>/.cache-minibatch/` (where that
+cannot be written: `${XDG_CACHE_HOME:-~/.cache}/minibatch-contrastive/`). Later starts map them: one copy in
+memory for all processes, and sets larger than memory work. The cache folder can be deleted at any time.
 """
 import collections
 import contextlib
-import difflib
 import errno
-import fcntl
+import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
-import math
 import os
 import re
 import shutil
-import stat
-import struct
 import sys
+import tempfile
+import threading
 import time
 import urllib.request
 import warnings
@@ -34,194 +33,245 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torchvision.datasets import CIFAR100
 
+import cli
 from deadleaves import deadleaves
 
-SOURCE_SIZE = {'deadleaves': 32, 'cifar100': 32, 'tinyimagenet': 64, 'folder': 64}  # the data sets; pixels of a side
-STATISTICS = {x: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) for x in SOURCE_SIZE}  # STANDIN
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
-TINY_URL, TINY_BYTES = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 248_100_043
-CACHE_VERSION = 1  # raise it when decoding, the split or the dead leaves change: older caches are then rebuilt
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the images come from. Each source returns (home, fingerprint, read): the folder of the data; JSON that changes
-# when the data do, cheap enough for every start; and read() -> (names, labels, get), get(i) being the bytes of an
-# image file or an array [H, W, 3].
-
-
-def walk(root: Path, suffixes: tuple = IMAGE_SUFFIXES) -> list[tuple[str, int, int]]:
-    """(relative path, bytes, mtime) of every file with these suffixes beneath root, sorted. Hidden names are left out;
-    links are followed, but no folder is visited twice, so links in circles end."""
-    found, seen, folders = [], set(), collections.deque([('', os.stat(root))])
-    while folders:
-        folder, info = folders.popleft()
-        if (info.st_dev, info.st_ino) in seen:
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        inner = []
-        for entry in os.scandir(root / folder):
-            try:
-                info, name = entry.stat(), folder + entry.name
-            except OSError:  # a dangling link, or a file that has just gone
-                continue
-            if stat.S_ISDIR(info.st_mode) and not entry.name.startswith('.'):
-                inner.append((name + '/', info))
-            elif stat.S_ISREG(info.st_mode) and not entry.name.startswith('.') and name.lower().endswith(suffixes):
-                found.append((name, info.st_size, info.st_mtime_ns))
-        folders.extend(sorted(inner))
-    return sorted(found)
+SOURCE_SIZE = {"deadleaves": 32, "cifar100": 32, "tinyimagenet": 64, "folder": 64}  # pixels of a side
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STATISTICS = dict.fromkeys(SOURCE_SIZE, IMAGENET) | {  # mean and deviation of red, green and blue, in 0 to 1
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS", "IPTC"}  # that Pillow identifies
+TINY_URL, TINY_BYTES = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248_100_043
+CACHE_VERSION = 2  # raise it when decoding, the split or the dead leaves change: caches are then made anew
 
 
 def digest(value) -> str:
-    return hashlib.blake2b(value if isinstance(value, bytes) else repr(value).encode(), digest_size=16).hexdigest()
+    content = value if isinstance(value, bytes) else repr(value).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+@functools.cache
+def say(line: str) -> None:
+    """A line for the person at the terminal, once in a process."""
+    with contextlib.suppress(OSError):  # a closed terminal costs no run
+        print(line, file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    text = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------------------- sources
+# Each returns (home, made_from, read): the folder of the data; JSON that changes when they do, cheap enough
+# for every start; read() -> (names, labels, get), get(i) being an image file's bytes or an array [H, W, 3].
+
+def walk(root: Path) -> list[tuple[str, int, int]]:
+    """(relative path, bytes, mtime) of all files beneath root but hidden ones, sorted. Links are followed, no
+    folder is visited twice, so links in circles end."""
+    found, seen, folders = [], set(), [os.path.join(root, "")]
+    for folder in folders:  # which grows meanwhile
+        info = os.stat(folder)
+        if (info.st_dev, info.st_ino) in seen:
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            with contextlib.suppress(OSError):  # a link in circles, or a file that has just gone
+                if entry.is_dir() and not entry.name.startswith("."):
+                    folders.append(entry.path)
+                elif entry.is_file() and not entry.name.startswith("."):
+                    info = entry.stat()
+                    found.append((entry.path[len(folders[0]):], info.st_size, info.st_mtime_ns))
+    return sorted(found)
 
 
 def folder_source(path: Path, split: str):
-    """Any tree of images. With subfolders `train` and `val` (or `valid`, `validation`, `test`) those are the splits;
-    otherwise a fixed tenth of the files, chosen by a hash of the relative path, and at least one, is for validation.
-    A file's class is its topmost folder below those that all files share; without folders all are class 0."""
+    """Any tree of images. Subfolders named as in SPLITS, in any case, are the splits; without both, a tenth
+    of the files, by a hash of the relative path, and at least one, is for validation. A file's class is its
+    topmost folder below those that all files share; without folders all are class 0."""
     if not path.is_dir():
-        raise FileNotFoundError(f'there is no folder {path}: give one with images as --data-dir')
-    every = walk(path)
-    if not every:
-        why = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if any(path.iterdir()) else 'is empty'
-        raise ValueError(f'{path} {why}: give a folder with images as --data-dir')
+        raise FileNotFoundError(f"there is no folder {path}: give one with images as --data-dir")
+    known = Image.registered_extensions()
+    decoded = Image.OPEN.keys() - NOT_DECODED | {"MPO"}  # which JPEG's reader reads
+    suffixes = tuple(suffix for suffix, kind in known.items() if kind in decoded)
+    images, others = [], collections.Counter()
+    for file in walk(path):
+        if file[0].lower().endswith(suffixes):
+            images.append(file)
+        else:
+            others[os.path.splitext(file[0])[1].lower() or "without suffix"] += 1
+    if not images:
+        why = "holds no images (.jpg, .png, all that Pillow reads)" if any(path.iterdir()) else "is empty"
+        raise ValueError(f"{path} {why}: give a folder of images as --data-dir")
+    if others:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(6))
+        say(f"{path}: {others.total():,} files left out that Pillow reads no images from ({kinds})")
 
     def read():
-        names = [name for name, _, _ in every]
-        val = next((v for v in ('val', 'valid', 'validation', 'test') if (path / v).is_dir()), None)
-        if val and (path / 'train').is_dir():
-            tails = {name: name.split('/', 1)[1] for name in names if name.startswith(('train/', val + '/'))}
-            names = [name for name in tails if name.startswith('train/' if split == 'train' else val + '/')]
+        names = [name for name, _, _ in images]
+        folders = {name: name.split("/")[:-1] for name in names}
+        shared = os.path.commonprefix(list(folders.values()))
+        above = list(itertools.takewhile(lambda part: part.lower() not in sum(SPLITS.values(), ()), shared))
+        there = {f.name.lower(): f.name for f in sorted(path.joinpath(*above).iterdir()) if f.is_dir()}
+        begin = {key: next(("/".join([*above, there[word], ""]) for word in words if word in there), None)
+                 for key, words in SPLITS.items()}
+        if all(begin.values()):
+            names = [name for name in names if name.startswith(tuple(begin.values()))]
+            folders = {name: folders[name][len(above) + 1:] for name in names}
+            if len(names) < len(images):
+                outside = len(images) - len(names)
+                say(f"{path}: {outside:,} images left out that are outside {' and '.join(begin.values())}")
+            chosen = [name for name in names if name.startswith(begin[split])]
         else:
             score = {name: zlib.crc32(os.fsencode(name)) for name in names}
             held = [name for name in names if score[name] % 10 == 0] or sorted(names, key=score.get)[:1]
             held = set(held[:max(1, len(names) - 1)])  # one at least is left to train on
-            tails = {name: name for name in names}
-            names = [name for name in names if (name in held) == (split == 'val')]
-        if not names:
-            raise ValueError(f'{path} holds no image for the {split} split: give at least two images, or one in train/ '
-                             'and one in val/')
-        depth = len(Path(os.path.commonpath(['/' + os.path.dirname(tail) for tail in tails.values()])).parts) - 1
-        tops = {name: ''.join(tail.split('/')[depth:-1][:1]) for name, tail in tails.items()}
+            chosen = [name for name in names if (name in held) == (split == "val")]
+        if not chosen:
+            raise ValueError(f"{path} holds no image for the {split} split: give at least two images, or one "
+                             "in train/ and one in val/")
+        depth = len(os.path.commonprefix(list(folders.values())))
+        tops = {name: "".join(folders[name][depth:depth + 1]) for name in names}
         classes = {top: i for i, top in enumerate(sorted(set(tops.values())))}
-        return names, [classes[tops[name]] for name in names], lambda i: (path / names[i]).read_bytes()
-    return path, digest(every), read
+        labels = [classes[tops[name]] for name in chosen]
+        return chosen, labels, lambda i: (path / chosen[i]).read_bytes()
+    return path, digest(images), read
 
 
-def open_zip(path: Path, landmark: str):
-    """(names, read(name) -> bytes) of a zip's files, named from the folder in it that holds `landmark`."""
+def open_zip(path: Path):
+    """(names, read(name) -> bytes) of a zip's files."""
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        raise ValueError(f'{path} is not a complete zip file (it has {path.stat().st_size:,} bytes, the official one '
-                         f'{TINY_BYTES:,}): get it again from {TINY_URL}') from None
-    prefix = min((m for m in archive.namelist() if m.endswith(landmark)), key=len, default=landmark)[:-len(landmark)]
-    members = {m.filename[len(prefix):]: m for m in archive.infolist() if m.filename.startswith(prefix)}
+    except Exception as error:  # zipfile fails in many ways on a damaged file
+        raise ValueError(f"{path} is not a complete zip file ({reason(error)}; {path.stat().st_size:,} bytes,"
+                         f" the official one has {TINY_BYTES:,}): get it again from {TINY_URL}") from None
+    lock = threading.Lock()  # zipfile counts open members without one; faster than a handle for each thread
 
     def read(name: str) -> bytes:
-        # What archive.read() does, without its lock and most of its time: 1.4 times the images/s
-        member, file = members[name], archive.fp.fileno()
-        header = os.pread(file, 30, member.header_offset)
-        start = member.header_offset + 30 + sum(struct.unpack('<26x2H', header))  # after the name and the extra field
-        data = os.pread(file, member.compress_size, start)
-        data = zlib.decompress(data, -15) if member.compress_type == zipfile.ZIP_DEFLATED else data
-        if zlib.crc32(data) != member.CRC:
-            raise zipfile.BadZipFile('wrong checksum: the zip is damaged')
-        return data
-    return list(members), read
+        with lock:
+            return archive.read(name)
+    return archive.namelist(), read
 
 
 def tinyimagenet_source(path: Path, split: str):
-    """The official archive: the zip itself, a folder with `tiny-imagenet-200*.zip` in it (read without unpacking) or
-    with the unpacked `tiny-imagenet-200`, or that; where there is none of them, it is downloaded to there."""
-    landmark = 'val/val_annotations.txt'
-    unpacked = [f for f in (path / 'tiny-imagenet-200', path) if (f / 'train').is_dir() or (f / 'val').is_dir()]
-    archive = path if path.suffix.lower() == '.zip' or path.is_file() else path / 'tiny-imagenet-200.zip'
-    if not archive.exists() and archive != path:
-        others = sorted(path.glob('tiny-imagenet-200*.zip'))
-        if len(others) > 1:
-            raise ValueError(f"{path} holds {' and '.join(z.name for z in others)}: give one of them as --data-dir")
-        archive = others[0] if others else archive
-    if not archive.exists() and not unpacked:
-        if archive == path:
-            raise FileNotFoundError(f'there is no {path}: give a zip, or the folder it is in or is to be put in')
+    """The official archive: the zip itself, a folder with `tiny-imagenet-200*.zip` in it, read as it is, or
+    the unpacked `tiny-imagenet-200`, or that; where there is none of them, it is downloaded to there."""
+    official, is_zip = path / "tiny-imagenet-200.zip", path.is_file() or path.suffix.lower() == ".zip"
+    if is_zip and not path.exists():
+        raise FileNotFoundError(f"there is no {path}: give a zip, or the folder it is in or is to be put in")
+    zips = [path] if is_zip else sorted(path.glob("tiny-imagenet-200*.zip"))
+    zips = [official] if official in zips else zips
+    if len(zips) > 1:
+        raise ValueError(f"{path} holds {' and '.join(z.name for z in zips)}: give one of them as --data-dir")
+    folders = [f for f in (path / official.stem, path) if (f / "train").is_dir() or (f / "val").is_dir()]
+    if not zips and not folders:
         try:
-            with locked(path / '.cache-minibatch') as cache:
-                if not archive.exists():  # another process may have put it there meanwhile
-                    download(TINY_URL, archive, TINY_BYTES, cache)
-        except (OSError, http.client.HTTPException) as e:
-            raise OSError(f'no Tiny ImageNet in {path}, and the download failed ({e}): fetch {TINY_URL} elsewhere and '
-                          f'put it there as {archive}') from None
-    if archive.exists():
-        with open(archive, 'rb') as file:  # its end lists the members with their checksums
-            file.seek(-min(archive.stat().st_size, 1 << 20), os.SEEK_END)
-            fingerprint = [archive.stat().st_size, archive.stat().st_mtime_ns, digest(file.read())]
+            download(TINY_URL, official, TINY_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"no Tiny ImageNet in {path}, and the download failed ({error}): fetch {TINY_URL} "
+                          f"elsewhere and put it there as {official}") from None
+        zips = [official]
+    if zips:
+        with open(zips[0], "rb") as file:  # its end lists the members with their checksums
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            made_from = [size, zips[0].stat().st_mtime_ns, digest(file.read())]
     else:
-        files = walk(unpacked[0], ('.jpeg', '.jpg', landmark))
-        fingerprint = digest(files)
+        files = [file for file in walk(folders[0]) if file[0].lower().endswith((".jpeg", ".jpg", ".txt"))]
+        made_from = digest(files)
 
     def read():
-        every, get = (open_zip(archive, landmark) if archive.exists() else
-                      ([file[0] for file in files], lambda name: (unpacked[0] / name).read_bytes()))
-        lines = get(landmark).decode().splitlines() if landmark in every else []
-        wnid_of = dict(line.split('\t')[:2] for line in lines if '\t' in line)
-        found = [m for f in every if (m := re.fullmatch(r'(train/([^/]+)|val)/images/([^/.][^/]*\.jpe?g)', f, re.I))]
+        every, get = open_zip(zips[0]) if zips else ([file[0] for file in files],
+                                                     lambda name: (folders[0] / name).read_bytes())
+        table = "val/val_annotations.txt"
+        at = min((name for name in every if name.endswith(table)), key=len, default=table)
+        try:
+            lines = get(at).decode(errors="replace").splitlines() if at in every else []
+        except Exception as error:  # zipfile fails in many ways on a damaged member
+            raise ValueError(f"{path}: {at} is damaged ({reason(error)}): get {TINY_URL} again") from None
+        wnid_of = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+        layout = re.escape(at.removesuffix(table)) + r"(train/([^/]+)|val)/images/([^/.][^/]*\.jpe?g)"
+        found = [m for name in every if (m := re.fullmatch(layout, name, re.I))]
         train = sorted((m[2], m[0]) for m in found if m[2])
         val = [(wnid_of.get(m[3]), m[0]) for m in found if not m[2]]
         if not train or not val or not all(wnid for wnid, _ in val):
-            raise ValueError(f'{path} is not laid out as Tiny ImageNet (train/<wnid>/images/*.JPEG, val/images/*.JPEG,'
-                             f' {landmark} with the wnid of each of them): get it from {TINY_URL}')
+            raise ValueError(f"{path} is not laid out as Tiny ImageNet (train/<wnid>/images/*.JPEG, "
+                             f"val/images/*.JPEG, {table} with the wnid of each): get it from {TINY_URL}")
         classes = {wnid: i for i, wnid in enumerate(sorted({wnid for wnid, _ in train + val}))}
-        chosen = train if split == 'train' else sorted(val, key=lambda sample: sample[1])
-        return [name for _, name in chosen], [classes[wnid] for wnid, _ in chosen], lambda i: get(chosen[i][1])
-    return path.parent if archive == path else path, fingerprint, read
+        chosen = train if split == "train" else sorted(val, key=lambda sample: sample[1])
+        names = [name for _, name in chosen]
+        return names, [classes[wnid] for wnid, _ in chosen], lambda i: get(names[i])
+    return path.parent if is_zip else path, made_from, read
 
 
 def cifar100_source(path: Path, split: str):
-    """torchvision's `cifar-100-python`, in the folder or the folder itself; downloaded where there is none."""
-    name = 'train' if split == 'train' else 'test'
-    folder = path if (path / name).is_file() else path / 'cifar-100-python'
+    """torchvision's `cifar-100-python`, in the folder or that itself; downloaded where there is none."""
+    name = "train" if split == "train" else "test"
+    folder = path if (path / name).is_file() else path / CIFAR100.base_folder
+    archive = path / CIFAR100.filename
     if not (folder / name).is_file():
         try:
-            with locked(path / '.cache-minibatch'):
-                enough_disk(path, 360_000_000)  # the archive and its contents
-                CIFAR100(path, download=True)
-        except (OSError, RuntimeError) as e:
-            raise OSError(f'no CIFAR-100 in {path}, and the download failed ({e}): fetch {CIFAR100.url} elsewhere '
-                          f'and put it there as {path / CIFAR100.filename}') from None
+            with own_folder(path / ".cache-minibatch", 360_000_000) as own:  # the archive and its contents
+                if archive.exists():
+                    (own / archive.name).symlink_to(archive)
+                CIFAR100(own, download=True)
+                folder.mkdir(exist_ok=True)
+                for file in (own / CIFAR100.base_folder).iterdir():
+                    os.replace(file, folder / file.name)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"no CIFAR-100 in {path}, and the download failed ({error}): fetch {CIFAR100.url} "
+                          f"elsewhere and put it there as {archive}") from None
 
     def read():
         try:  # with the folder's own name, which the class takes from an attribute
-            data = type('Here', (CIFAR100,), {'base_folder': folder.name})(folder.parent, train=split == 'train')
+            here = type("Here", (CIFAR100,), {"base_folder": folder.name})
+            data = here(folder.parent, train=split == "train")
         except RuntimeError:
-            raise ValueError(f'{folder} is damaged (wrong checksum): remove it, and it is downloaded again') from None
-        return [f'{name}[{i}]' for i in range(len(data.data))], data.targets, lambda i: data.data[i]
+            raise ValueError(f"{folder} is damaged (wrong checksum): remove it to get it again") from None
+        return [f"{name}[{i}]" for i in range(len(data.data))], data.targets, lambda i: data.data[i]
     return path, [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns], read
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding and the cache file: images [N, 3, H, W], labels int64 [N], a JSON record, 16 bytes that close it. One file,
-# as two could disagree; closed last, so that an unfinished one is known by its end.
+# ------------------------------------------------------------------------------------------------- decoding
 
-CLOSING = struct.Struct('<QI4s')  # length of the record, its CRC, and b'MBC1'
+def grey(image: Image.Image) -> Image.Image:
+    """8 bits of a grey image of more; Pillow's own conversion cuts off at 255. White is the end of the range:
+    of 12 or 16 bits where the file says so, else the least of 1 (floats), 255 and the ends of 16, 31 and 32
+    bits that holds all values. Where none does, or all were black in it, the range is the values' own."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags and np.ravel(tags.get(339, 1))[0] == 1:  # an unsigned TIFF, read as signed
+        values = values.view(np.uint32)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("it holds no finite value")
+    black, white = float(finite.min()), float(finite.max())
+    if image.mode.startswith("I;") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        black, white = 0, 2 ** int(np.ravel(tags.get(258, 16))[0]) - 1
+    elif black >= 0:
+        ends = [1] * (image.mode == "F") + [2**8 - 1, 2**16 - 1, 2**31 - 1, 2**32 - 1]
+        end = next((end for end in ends if white <= end), np.inf)
+        black, white = (0, end) if white >= end / 256 else (black, white)
+    values = np.nan_to_num(values.astype(np.float64), nan=black, posinf=white, neginf=black) - black
+    return Image.fromarray(np.rint(values * (255 / (white - black or 1))).clip(0, 255).astype(np.uint8))
 
 
 def decode(data: bytes | np.ndarray, size: int) -> np.ndarray:
-    """uint8 [3, size, size] of an image file's bytes or of [H, W, 3]: upright, the centre square of the shorter side,
-    antialiased; of an animation the first frame; transparency on white; 16-bit grey scaled to 8 bits."""
+    """uint8 [3, size, size] of an image file's bytes or of [H, W, 3]: upright, the centre square, smoothed;
+    of an animation the first frame; transparency on white; grey of more than 8 bits as in grey()."""
     image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
-    image.draft(None, (2 * size, 2 * size))  # JPEG: read at 1/2, 1/4 or 1/8, no smaller than twice the size wanted
+    image.draft(None, (2 * size, 2 * size))  # JPEG: read at 1/2, 1/4 or 1/8, no smaller than this
     image.load()
     if image.getexif().get(0x0112, 1) != 1:  # orientation
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I'):           # 16-bit grey ('I' in older Pillow), which convert() would clip at 255
-        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if 'transparency' in image.info or image.mode.upper().endswith('A'):
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-    image = image if image.mode == 'RGB' else image.convert('RGB')
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        image = grey(image)
+    if "transparency" in image.info or image.mode.upper().endswith("A"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image if image.mode == "RGB" else image.convert("RGB")
     (w, h), side = image.size, min(image.size)
     box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
     if (w, h) != (size, size):  # with side == size this cuts and alters nothing
@@ -229,209 +279,100 @@ def decode(data: bytes | np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def checksum(images: np.ndarray, labels: np.ndarray) -> int:
-    """CRC of the labels and of the images' blocks of 4 MiB: of all up to 2 GiB, of 256 to 511 spread ones beyond."""
-    flat, crc, block = images.reshape(-1), zlib.crc32(labels), 4 << 20
-    for start in range(0, flat.size, block * max(1, flat.size // (256 * block))):
-        crc = zlib.crc32(flat[start:start + block], crc)
-    return crc
+# ------------------------------------------------------------------------------------------------ the cache
+# <stem>.images.npy, <stem>.labels.npy and, put there last, <stem>.json. The stem names the content: whoever
+# else writes there writes the same.
 
-
-def open_cache(path: Path, key: dict) -> tuple[np.ndarray, np.ndarray, list] | None:
-    """(images, labels, broken files) of a cache that is complete, undamaged and made with this key; otherwise None."""
+def open_cache(stem: Path, size: int) -> tuple[np.ndarray, np.ndarray, list] | None:
+    """(images, labels, broken files) of a cache that is whole; otherwise None."""
     try:
-        with open(path, 'rb') as file:
-            end = file.seek(-CLOSING.size, os.SEEK_END)
-            length, crc, magic = CLOSING.unpack(file.read())
-            file.seek(end - length)
-            record = file.read(length)
-            if magic != b'MBC1' or zlib.crc32(record) != crc:
-                return None
-            record = json.loads(record)
-            shape = tuple(record['shape'])
-            if record['key'] != key or math.prod(shape) + 8 * shape[0] + length != end:
-                return None
-            file.seek(math.prod(shape))
-            labels = np.frombuffer(bytearray(file.read(8 * shape[0])), np.int64)
-            # Mode 'r': a private writable mapping that is larger than memory would be refused
-            images = np.memmap(file, np.uint8, 'r', shape=shape)
-    except (OSError, ValueError, OverflowError):
+        broken = json.loads(Path(f"{stem}.json").read_bytes())["broken"]
+        images, labels = np.load(f"{stem}.images.npy", mmap_mode="r"), np.load(f"{stem}.labels.npy")
+        fits = images.shape == (len(labels), 3, size, size)
+        return (images, labels, broken) if fits else None
+    except Exception:  # none is there, or it is damaged in one of many ways: it is made anew
         return None
-    return (images, labels, record['broken']) if checksum(images, labels) == record['checksum'] else None
-
-
-def write_cache(path: Path, key: dict, names: list[str], labels: list[int], get, skip_broken: bool) -> None:
-    """Decodes all images on all cores into a temporary file that then takes its place at `path`.
-
-    Threads: Pillow decodes and resizes without the interpreter's lock, so on photos they are as fast as processes, and
-    at 64 px, where the lock binds, one core does 5,000 images/s. They need no fork and no __main__ guard."""
-    size, broken, kept = key['size'], [], []
-    enough_disk(path.parent, len(names) * (3 * size * size + 8))
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    tick = progress(f"{key['dataset']} {key['split']}: decoded", len(names), 'images')
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    chunk = max(1, (1 << 20) // (3 * size * size))
-    window = 16 * cores * chunk  # what may be in memory at a time
-
-    def decode_chunk(start: int) -> tuple[int, np.ndarray, dict[int, str]]:
-        images, failed = np.empty((min(chunk, len(names) - start), 3, size, size), np.uint8), {}
-        for row in range(len(images)):
-            try:
-                images[row] = decode(get(start + row), size)
-            except UnidentifiedImageError:  # whose text is the address of an object
-                failed[row] = 'no known image format'
-            except Exception as e:  # decoders raise all sorts of things on damaged files
-                failed[row] = str(e).replace('\n', ' ') or type(e).__name__
-        return start, images, failed
-
-    try:
-        with open(temporary, 'wb') as file, ThreadPoolExecutor(cores) as pool:
-            for begin in range(0, len(names), window):
-                starts = range(begin, min(begin + window, len(names)), chunk)
-                for start, images, failed in pool.map(decode_chunk, starts):
-                    broken += [[names[start + row], reason] for row, reason in failed.items()]
-                    if broken and not skip_broken:
-                        raise broken_images(broken)
-                    good = [row for row in range(len(images)) if row not in failed]
-                    kept += [labels[start + row] for row in good]
-                    file.write(images[good])
-                    tick(start + len(images))
-            if not kept:
-                raise ValueError(f'all {len(names)} images are broken: {names[0]} ({broken[0][1]}), ...')
-            file.flush()
-            shape, kept = (len(kept), 3, size, size), np.array(kept, np.int64)
-            record = json.dumps({'key': key, 'shape': shape, 'broken': broken, 'checksum': checksum(
-                np.memmap(temporary, np.uint8, 'r', shape=shape), kept)}).encode()
-            file.write(kept.tobytes() + record + CLOSING.pack(len(record), zlib.crc32(record), b'MBC1'))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        full = f'the disk of {path.parent} is full: free some space and start again'
-        raise (OSError(full) if e.errno in (errno.ENOSPC, errno.EDQUOT) else e) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def broken_images(broken: list) -> ValueError:
-    return ValueError(f'cannot read the image {broken[0][0]!r} ({broken[0][1]}): repair or remove it, or leave such '
-                      'images out with --skip-broken')
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """Creates a cache folder and lets one process at a time write to it; temporary files in it are then nobody's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file behind and ends with the process
+def own_folder(inside: Path, needed: int):
+    """A folder of this process alone, gone afterwards, on a disk with room for so many bytes."""
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: each process writes its own temporary file
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f'waiting for another process that is filling {folder}', file=sys.stderr, flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            for leftover in folder.glob('*.tmp'):
-                leftover.unlink()
-        yield folder
-    finally:
-        os.close(lock)
+        inside.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(inside).free, needed + (64 << 20)  # and some to spare
+        if free < needed:
+            raise OSError(f"{inside} needs {needed / 1e9:.2f} GB of free disk and has {free / 1e9:.2f} GB: "
+                          "free some, or give another --data-dir")
+        with tempfile.TemporaryDirectory(dir=inside, suffix=".tmp") as own:
+            yield Path(own)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"the disk of {inside} is full: free some space and start again") from None
+        raise
 
 
-def enough_disk(folder: Path, needed: int) -> None:
-    free, needed = shutil.disk_usage(folder).free, needed + (64 << 20)  # and some room to spare
-    if free < needed:
-        raise OSError(f'{folder} needs {needed / 1e9:.2f} GB of free disk and has {free / 1e9:.2f} GB: free some, or '
-                      'give another --data-dir')
-
-
-def progress(what: str, total: float, unit: str):
-    """tick(done): a line on stderr with the count and the speed, rewritten in place on a terminal, else every 10 s."""
-    began = shown = time.perf_counter()
-    live = sys.stderr.isatty()
-
-    def tick(done: float) -> None:
-        nonlocal shown
-        now = time.perf_counter()
-        if done >= total or now - shown > (0.2 if live else 10):
-            shown = now
-            print(f'{what} {done:,.0f} of {total:,.0f} {unit}, {done / (now - began + 1e-9):,.0f} {unit}/s  ',
-                  end='\r' if live and done < total else '\n', file=sys.stderr, flush=True)
-    return tick
-
-
-def download(url: str, target: Path, size: int, cache: Path) -> None:
-    """Puts the file at url at target once it is complete. Raises OSError that says what to do by hand."""
-    enough_disk(target.parent, size)
-    temporary = cache / f'{target.name}.{os.getpid()}.tmp'
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, 'wb') as file:
-            tick = progress(f'{url}:', size / 1e6, 'MB')
+def download(url: str, target: Path, size: int) -> None:
+    with own_folder(target.parent / ".cache-minibatch", size) as own:
+        part = own / target.name
+        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+            tick = cli.progress(url, size / 1e6, "MB")
             while block := response.read(1 << 20):
                 file.write(block)
                 tick(file.tell() / 1e6)
-        if temporary.stat().st_size != size:
-            raise OSError(f'{temporary.stat().st_size:,} bytes came instead of {size:,}')
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size:,} bytes came instead of {size:,}")
+        os.replace(part, target)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the rest of the project calls
-
-
-def load(dataset: str, split: str, data_dir: str | Path, *, source_size: int | None = None, skip_broken: bool = False,
-         num_images: int = 4096, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, uint8 [N, 3, H, W], memory-mapped and read-only (write to a clone), and class ids, int64 [N].
-
-    `dataset` is a key of SOURCE_SIZE, `split` is 'train' or 'val', H = W = source_size (None: SOURCE_SIZE's; shorter
-    side, centre crop). skip_broken leaves unreadable images out and says so; num_images and seed are deadleaves'. The
-    cache is replaced when the data have changed; those of other sizes, seeds and numbers stay, as one goes back and
-    forth between them. Raises ValueError or OSError, with one line that says what to change."""
-    for what, given, allowed in (('data set', dataset, list(SOURCE_SIZE)), ('split', split, ['train', 'val'])):
-        if given not in allowed:
-            near = difflib.get_close_matches(str(given).lower(), allowed, 1, 0.4)
-            raise ValueError(f"unknown {what} '{given}': give {' or '.join(near or allowed)}")
-    size = SOURCE_SIZE[dataset] if source_size is None else source_size
-    if not 1 <= size <= 4096:
-        raise ValueError(f'source size {size}: give 1 to 4096 pixels')
-    path = Path(data_dir).expanduser().absolute()
-    if path.is_file() and dataset != 'tinyimagenet':
-        raise NotADirectoryError(f'{path} is a file: give a folder as --data-dir')
-    if dataset == 'deadleaves':
-        def read():
-            images, labels = deadleaves(split, num_images, seed, size)
-            return range(len(images)), labels.tolist(), lambda i: images[i].permute(1, 2, 0).contiguous().numpy()
-        home, fingerprint = path, [num_images, seed]
-    else:
-        source = {'cifar100': cifar100_source, 'tinyimagenet': tinyimagenet_source, 'folder': folder_source}[dataset]
-        home, fingerprint, read = source(path, split)
-
-    key = {'version': CACHE_VERSION, 'dataset': dataset, 'split': split, 'size': size, 'made_from': fingerprint}
-    elsewhere = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'minibatch-contrastive'
-    knobs = fingerprint if dataset == 'deadleaves' else None
-    # Named by the settings and by where the data are, seen from the cache: a folder can be moved with its cache
-    files = [folder / f'{dataset}-{split}-{size}px-{digest((os.path.relpath(path, folder), knobs))[:12]}.cache'
-             for folder in (home / '.cache-minibatch', elsewhere)]
-    found = next(filter(None, (open_cache(file, key) for file in files)), None)
-    if not found:
-        file = next((f for f in files if writable(f.parent)), None)
-        if not file:
-            raise OSError(f'neither {files[0].parent} nor {elsewhere} can be written: set XDG_CACHE_HOME to a folder '
-                          'that can')
-        with locked(file.parent):
-            if not open_cache(file, key):  # another process may have made it meanwhile
-                write_cache(file, key, *read(), skip_broken)
-            found = open_cache(file, key)
-    images, labels, broken = found
+def refuse(broken: list, skip_broken: bool) -> None:
     if broken and not skip_broken:
-        raise broken_images(broken)
-    if broken:
-        print(f"{dataset} {split}: {len(broken)} broken images left out: {', '.join(name for name, _ in broken[:3])}"
-              f"{', ...' if len(broken) > 3 else ''}", file=sys.stderr)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that torch knows no read-only tensors
-        return torch.from_numpy(images), torch.from_numpy(labels)
+        name, why = broken[0]
+        raise ValueError(f"cannot read the image {name!r} ({why}): repair or remove it, or leave such images "
+                         "out with --skip-broken")
+
+
+def write_cache(stem: Path, key: dict, names: list[str], labels: list[int], get, skip_broken: bool) -> None:
+    """Decodes all images, in threads, as Pillow does most of its work without the interpreter's lock."""
+    size, broken, kept = key["size"], [], []
+    window = max(os.cpu_count() or 1, (64 << 20) // (3 * size**2))  # images that may be in memory at a time
+    tick = cli.progress(f"{key['dataset']} {key['split']}, decoding", len(names), "images")
+
+    def decoded(row: int) -> np.ndarray | str:
+        try:
+            return np.ascontiguousarray(decode(get(row), size))
+        except Exception as error:  # decoders raise all sorts of things on damaged files
+            return reason(error)
+
+    def write_header(file, count: int) -> None:  # as long for any count
+        shape = (count, 3, size, size)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+    with own_folder(stem.parent, len(names) * (3 * size**2 + 8)) as own, ThreadPoolExecutor() as pool:
+        with open(own / "images.npy", "wb") as file:  # a full disk would kill who writes to a mapping
+            write_header(file, len(names))
+            for start in range(0, len(names), window):
+                rows = range(start, min(start + window, len(names)))
+                for row, image in zip(rows, pool.map(decoded, rows)):
+                    if isinstance(image, str):
+                        broken.append([names[row], image])
+                        refuse(broken, skip_broken)
+                    else:
+                        file.write(image)
+                        kept.append(labels[row])
+                    tick(row + 1)
+            if not kept:
+                raise ValueError(f"all {len(names)} images are broken: {names[0]} ({broken[0][1]}), ...")
+            write_header(file, len(kept))
+            file.flush()
+            os.fsync(file.fileno())
+        np.save(own / "labels.npy", np.array(kept, np.int64))
+        (own / "json").write_text(json.dumps({"key": key, "broken": broken}))
+        for name in ("images.npy", "labels.npy", "json"):
+            os.replace(own / name, f"{stem}.{name}")
+    for old in stem.parent.glob(f"{stem.name.rpartition('-')[0]}*"):  # of the data as they were before
+        if not old.name.startswith(stem.name):
+            old.unlink(missing_ok=True)
 
 
 def writable(folder: Path) -> bool:
@@ -441,14 +382,85 @@ def writable(folder: Path) -> bool:
     return False
 
 
-def limit_indices(labels: torch.Tensor, n: int) -> torch.Tensor:
-    """int64 [min(n, N)], ascending: n samples, the classes' first ones in turn. Raises ValueError if n < 1."""
+# ----------------------------------------------------------------------------------------- for other scripts
+
+def load(dataset: str, split: str, data_dir: str | Path, *, source_size: int | None = None,
+         skip_broken: bool = False, num_images: int = 4096, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images, uint8 [N, 3, H, W], memory-mapped and read-only (write to a clone), and class ids, int64 [N].
+
+    `dataset` is a key of SOURCE_SIZE, `split` "train" or "val", H = W = source_size (None: SOURCE_SIZE's).
+    skip_broken leaves unreadable images out and says so; num_images and seed are of deadleaves. The cache is
+    replaced when the data have changed; those of other sizes, seeds and numbers stay, as one goes back and
+    forth between them. Raises ValueError or OSError, with one line that says what to change.
+    """
+    for what, given, allowed in (("data set", dataset, SOURCE_SIZE), ("split", split, SPLITS)):
+        if given not in allowed:
+            raise ValueError(f"unknown {what} '{given}'{cli.nearest(str(given), allowed)}")
+    size = SOURCE_SIZE[dataset] if source_size is None else source_size
+    if not 1 <= size <= 4096:
+        raise ValueError(f"source size {size}: give 1 to 4096 pixels")
+    path = cli.expand(data_dir).absolute()
+    if path.is_file() and dataset != "tinyimagenet":
+        raise NotADirectoryError(f"{path} is a file: give a folder as --data-dir")
+    if dataset == "deadleaves":
+        def read():
+            images, labels = deadleaves(split, num_images, seed, size)
+            arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
+            return range(num_images), labels.tolist(), lambda i: arrays[i]
+        home, made_from = path, [num_images, seed]
+    else:
+        sources = {"cifar100": cifar100_source, "tinyimagenet": tinyimagenet_source, "folder": folder_source}
+        home, made_from, read = sources[dataset](path, split)
+
+    key = {"version": CACHE_VERSION, "dataset": dataset, "split": split, "size": size, "made_from": made_from}
+    elsewhere = cli.expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minibatch-contrastive"
+    stems = []
+    for folder in [home / ".cache-minibatch"] + [elsewhere] * elsewhere.is_absolute():  # ~ may be nowhere
+        # By where the data are, seen from the cache: a folder can be moved with its cache.
+        place = digest((os.path.relpath(path, folder), made_from if dataset == "deadleaves" else None))[:12]
+        stems.append(folder / f"{dataset}-{split}-{size}px-{place}-{digest(key)[:12]}")
+        for left in folder.glob("*.tmp"):  # by a process that was killed more than a day ago
+            with contextlib.suppress(OSError):  # it may have just gone
+                if time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left)
+    found = next(filter(None, (open_cache(stem, size) for stem in stems)), None)
+    if not found:
+        stem = next((stem for stem in stems if writable(stem.parent)), None)
+        if not stem:
+            raise OSError(f"neither {stems[0].parent} nor {elsewhere} can be written: set XDG_CACHE_HOME to "
+                          "a folder that can")
+        write_cache(stem, key, *read(), skip_broken)
+        found = open_cache(stem, size)
+        if not found:
+            raise OSError(f"{stem}.* has gone, as the data change while they are read: start again")
+    images, labels, broken = found
+    refuse(broken, skip_broken)
+    if broken:
+        say(f"{dataset} {split}: {len(broken)} broken images left out: "
+            f"{', '.join(name for name, _ in broken[:3])}{', ...' * (len(broken) > 3)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch knows no read-only tensors
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def fingerprint(images: Tensor, labels: Tensor) -> str:
+    """Digest of images, uint8 [N, 3, H, W], and labels [N]: another one for any other pixel, label or order.
+
+    Reads all of them, about a second a GB; a set larger than memory once from the disk, as an epoch does."""
+    found, step = hashlib.blake2b(digest_size=16), max(1, (16 << 20) // images[0].numel())
+    tick = cli.progress("fingerprint of the data", len(images), "images")
+    for start in range(0, len(images), step):
+        found.update(images[start:start + step].cpu().flatten().numpy())
+        tick(start + step)
+    found.update(repr((images.shape, labels.tolist())).encode())
+    return found.hexdigest()
+
+
+def limit_indices(labels: Tensor, n: int) -> Tensor:
+    """int64 [min(n, N)], ascending: n samples, the classes' first in turn. Raises ValueError if n < 1."""
     if n < 1:
-        raise ValueError(f'limit {n}: give at least 1 image')
+        raise ValueError(f"limit {n}: give at least 1 image")
     by_class = torch.argsort(labels, stable=True)
-    turn = torch.arange(len(labels)) - torch.searchsorted(labels[by_class], labels[by_class])  # 0, 1, ... in each class
+    ordered = labels[by_class]
+    turn = torch.arange(len(labels)) - torch.searchsorted(ordered, ordered)  # 0, 1, ... in each class
     return by_class[torch.argsort(turn, stable=True)[:n]].sort().values
-
-
-def fingerprint(images, labels):  # STANDIN
-    return digest(images[:: max(1, len(images) // 256)].numpy().tobytes() + labels.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""LARS optimiser and the warm-up + cosine learning rate. Copy this file into your project; it needs torch alone.
+"""LARS optimiser, and warm-up + cosine learning rate. Copy this file into your project; it needs torch alone.
 
     optimizer = LARS(model.parameters(), lr=0.4)
     for step in range(total_steps):
@@ -22,15 +22,16 @@ class LARS(torch.optim.Optimizer):
     (scale 1 where a norm is zero). Parameters of one dimension (biases, batch norm) get neither decay nor
     layer scaling. Momentum is applied after the layer scaling and does not contain the learning rate.
 
-    params: parameters or parameter groups.  lr: a number, or a tensor of one on the parameters' device, which a
-    CUDA graph reads anew at each replay.  Raises ValueError for a negative hyper-parameter.
+    params: parameters or parameter groups.  lr: a number, or a tensor of one on the parameters' device, which
+    a CUDA graph reads anew at each replay.  Raises ValueError for a negative hyper-parameter.
     """
 
-    def __init__(self, params: Iterable, lr: float | Tensor, momentum: float = 0.9, weight_decay: float = 1e-6,
-                 trust_coefficient: float = 0.001):
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
+    def __init__(self, params: Iterable, lr: float | Tensor, momentum: float = 0.9,
+                 weight_decay: float = 1e-6, trust_coefficient: float = 0.001):
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                        trust_coefficient=trust_coefficient)
         for name, value in defaults.items():
-            if not isinstance(value, Tensor) and not value >= 0:  # a tensor's would have to be read from a GPU
+            if not isinstance(value, Tensor) and not value >= 0:  # to read a tensor is to wait for a GPU
                 raise ValueError(f"LARS: {name} is {value}; give a number >= 0")
         super().__init__(params, defaults)
 
@@ -38,8 +39,7 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None) -> Tensor | None:
         """One update of every parameter that has a gradient. Never reads a value back from the device.
 
-        The gradients serve as scratch space and hold something else afterwards: a copy would cost as much as the
-        rest.
+        The gradients serve as scratch space and hold something else afterwards: a copy costs as much as that.
         """
         loss = None
         if closure is not None:
@@ -73,7 +73,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def warmup_cosine(step: float, total_steps: float, warmup_steps: float, peak_lr: float) -> float:
-    """Learning rate at `step`: linear from 0 to peak_lr over warmup_steps, then half a cosine to 0 at total_steps."""
+    """Learning rate at `step`: linear from 0 to peak_lr at warmup_steps, half a cosine to 0 at the total."""
     if step < warmup_steps:
         return peak_lr * step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)

@@ -1,11 +1,11 @@
-"""ResNet-18 with a projection head, and contrastive losses. Copy this file into your project; it needs torch and
-torchvision alone.
+"""ResNet-18 with a projection head, and contrastive losses. Copy this file into your project; it needs torch
+and torchvision alone.
 
     model = ContrastiveModel()                        # images [B, 3, S, S] -> projections [B, 128]
     loss = nt_xent(model(view1), model(view2), temperature=0.1)
 
-Every loss takes the projections z1, z2 [B, D] of the two views (row i of one is the partner of row i of the other;
-they need not be normalised), computes in float32 or better, in logarithms, and returns a scalar.
+Every loss takes the projections z1, z2 [B, D] of the two views (row i of one is the partner of row i of the
+other; they need not be normalised), computes in float32 or better, in logarithms, and returns a scalar.
 """
 import math
 from collections.abc import Callable
@@ -17,12 +17,13 @@ from torchvision.models import resnet18
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """On the CPU, a 3x3 convolution with padding 1 is one matrix product where its input is at most 2 x 2 pixels.
+    """A 3x3 convolution with padding 1; on the CPU one matrix product where its input is at most 2 x 2.
 
-    Such are the last stages of ResNet-18 at 32 and 64 px, where most taps multiply padding and a CPU's kernels would
-    spend half of a training step on that. The result is the same. Laying the kernel out is a product as well, for
-    then its gradient comes in the layout of the weight (channels last), and no copy is made. Any other convolution
-    (of another kernel or padding, dilated, in groups, with a bias, on a GPU) is left to nn.Conv2d.
+    Such are the last stages of ResNet-18 at 32 and 64 px, where most taps multiply padding and a CPU's
+    kernels would spend half of a training step on that. The result is the same. Laying the kernel out is a
+    product as well, for then its gradient comes in the layout of the weight (channels last), and no copy is
+    made. Any other convolution (of another kernel or padding, dilated, in groups, with a bias, on a GPU) is
+    left to nn.Conv2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,9 +48,9 @@ class SmallMapConv2d(nn.Conv2d):
 class ContrastiveModel(nn.Module):
     """ResNet-18 (torchvision's, last gamma of each block zero), head 512 -> 2048 -> 128 without biases.
 
-    The ImageNet stem (7x7, stride 2, max-pool) unless small_stem: 3x3, stride 1, no max-pool, for small images (16
-    times the arithmetic).  forward: images [B, 3, S, S] float -> projections [B, 128], not normalised.
-    `encoder` alone gives the features [B, 512].
+    The ImageNet stem (7x7, stride 2, max-pool) unless small_stem: 3x3, stride 1, no max-pool, for small
+    images (16 times the arithmetic).  forward: images [B, 3, S, S] float -> projections [B, 128], not
+    normalised. `encoder` alone gives the features [B, 512].
     """
 
     def __init__(self, small_stem: bool = False, hidden: int = 2048, dim: int = 128):
@@ -77,9 +78,9 @@ def embed(model: nn.Module, views: Callable[[Tensor], Tensor], index: Tensor, ch
           on_chunk: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
     """Projections u, v [len(index), D], float32, of two fresh views of the samples `index`, in eval mode.
 
-    views(index) gives an augmented batch [len(index), 3, S, S], on the network's device. on_chunk(done) is called
-    before each chunk with the number of samples embedded; it may raise, to end. Leaves no trace in the model:
-    modes are restored, and eval mode does not move batch norm's running statistics.
+    views(index) gives an augmented batch [len(index), 3, S, S], on the network's device. on_chunk(done) is
+    called before each chunk with the number of samples embedded; it may raise, to end. Leaves no trace in the
+    model: modes are restored, and eval mode does not move batch norm's running statistics.
     """
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -101,9 +102,9 @@ def embed(model: nn.Module, views: Callable[[Tensor], Tensor], index: Tensor, ch
 
 
 def _logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines / temperature [2B, 2B] of all views, each row's with its positive [2B], the negatives' mask [2B, 2B]."""
+    """All views' cosines / temperature [2B, 2B], each row's positive [2B], the negatives' mask [2B, 2B]."""
     if z1.ndim != 2 or z1.shape != z2.shape or len(z1) < 2:
-        raise ValueError(f"z1 {tuple(z1.shape)}, z2 {tuple(z2.shape)}: give two [B, D] tensors of one shape, B >= 2")
+        raise ValueError(f"z1 {tuple(z1.shape)}, z2 {tuple(z2.shape)}: give two tensors [B, D], B >= 2")
     with torch.autocast(z1.device.type, enabled=False):  # in bfloat16 a logit is wrong in the first digit
         z = torch.cat([z1, z2])
         z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
@@ -117,8 +118,8 @@ def _logsumexp(logits: Tensor, keep: Tensor) -> Tensor:
 
 
 def infonce(u: Tensor, v: Tensor, temperature: float = 1.0) -> Tensor:
-    """InfoNCE of pairs u, v [..., n, D], [...] (Cho et al., section 2): mean over i of -log softmax_j(u_i.v_j) at j = i
-    plus the same with u and v exchanged. Inner products as they are: normalise first where that is meant."""
+    """InfoNCE of pairs u, v [..., n, D], [...] (Cho et al., section 2): mean over i of -log softmax_j(u_i.v_j)
+    at j = i plus that with u and v exchanged. Inner products as they are: normalise where that is meant."""
     with torch.autocast(u.device.type, enabled=False):
         u, v = (x if x.dtype == torch.float64 else x.float() for x in (u, v))
         logits = u @ v.mT / temperature
@@ -135,8 +136,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def dcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
-    """DCL (Yeh et al., ECCV 2022): NT-Xent without the positive in its denominator, so that the gradient does not
-    vanish when a batch has become easy. May be negative."""
+    """DCL (Yeh et al., ECCV 2022): NT-Xent without the positive in its denominator, so that the gradient does
+    not vanish when a batch has become easy. May be negative."""
     logits, positive, negatives = _logits(z1, z2, temperature)
     return (_logsumexp(logits, negatives) - positive).mean()
 
@@ -149,8 +150,8 @@ class SogCLRLoss(nn.Module):
     first visit sets it to g_i. Loss: mean over i, summed over the two views, of
         -s(i, positive) + mean over negatives of stopgrad(exp(s/temperature) / u_i) * s.
 
-    num_samples: size of the training set.  Buffer `log_u` [num_samples]: the estimates' logarithms, -inf where not
-    yet visited.  forward(z1, z2, index): index [B] int64, distinct row numbers of the samples in the training set.
+    num_samples: of the training set.  Buffer `log_u` [num_samples]: the estimates' logarithms, -inf where not
+    yet visited.  forward(z1, z2, index): index [B] int64, distinct row numbers in the training set.
     """
 
     def __init__(self, num_samples: int, temperature: float = 0.1, gamma: float = 0.9):
@@ -162,7 +163,8 @@ class SogCLRLoss(nn.Module):
         logits, positive, negatives = _logits(z1, z2, self.temperature)
         count = len(logits) - 2
         with torch.no_grad():
-            g = (_logsumexp(logits, negatives) - math.log(count)).view(2, -1)  # [2, B], a logarithm as all below
+            # g, u and old are logarithms.
+            g = (_logsumexp(logits, negatives) - math.log(count)).view(2, -1)  # [2, B]
             keep, take = (math.log(x) if x else -math.inf for x in (1 - self.gamma, self.gamma))
             old = self.log_u[index].to(g.dtype)
             u = torch.where(old > -torch.inf, torch.logaddexp(keep + old, take + g), g)
@@ -172,10 +174,10 @@ class SogCLRLoss(nn.Module):
 
 
 def hcl(z1: Tensor, z2: Tensor, temperature: float = 0.1, tau_plus: float = 0.1, beta: float = 1.0) -> Tensor:
-    """HCL (Robinson et al., ICLR 2021): negatives n_j weighted by n_j^beta, debiased by the class prior tau_plus.
+    """HCL (Robinson et al., ICLR 2021): negatives weighted by n_j^beta, debiased by the class prior tau_plus.
 
-    With p = exp(s+/temperature), M = 2B-2 negatives n_j = exp(s_j/temperature), R = sum_j n_j^(1+beta) / mean(n^beta):
-        loss = mean of -log(p / (p + Ng)),  Ng = max((R - tau_plus M p) / (1 - tau_plus), M exp(-1/temperature)).
+    With p = exp(s+/temperature), M = 2B-2 negatives n = exp(s/temperature), R = sum n^(1+beta) / mean n^beta:
+        loss = mean of -log(p / (p + N)),  N = max((R - tau_plus M p) / (1 - tau_plus), M exp(-1/temperature)).
     """
     if not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus is {tau_plus}; give a number from 0 up to, not including, 1")

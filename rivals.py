@@ -2,12 +2,14 @@
 
     python bench.py samplers     # prints all of them in one table
 
-Every function takes embeddings u, v [n, d] of n pairs (any scale, any device; rows are scaled to length 1 here, so that
-inner products are cosines) and returns int64 row numbers [n // B, B] on the device of u, the same ones for the same
-state of `generator` (None: torch's global one); B is batch_size. No row is in two batches (batch_sampler alone makes no
-such partition), and the last n % B rows are in none. All work on the CPU. ValueErrors as in samplers.py.
+Every method takes embeddings u, v [n, d] of n pairs (any scale, any device; rows are scaled to length 1 here,
+so that inner products are cosines) and returns int64 row numbers [n // B, B], B = batch_size, on the device
+of u, the same ones for the same state of `generator` (None: torch's global one). No row is in two batches;
+the last n % B rows are in none. All work on the CPU. ValueErrors as in samplers.py.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from torch import Generator, Tensor
 
+import samplers
 from samplers import _check, _check_k, _check_size, spectral_affinity
 
 
 def _unit_rows(u: Tensor, v: Tensor, batch_size: int) -> tuple[Tensor, Tensor, int]:
-    """u and v checked, the first n // B * B rows of each, on the CPU, in float32, of length 1; and how many."""
+    """u and v checked, the first n // B * B rows of each, on the CPU, float32, of length 1; and how many."""
     _check(u, v, 1.0, read=True)
     _check_size(len(u), batch_size)
     whole = len(u) // batch_size * batch_size
@@ -29,7 +32,7 @@ def _unit_rows(u: Tensor, v: Tensor, batch_size: int) -> tuple[Tensor, Tensor, i
 
 
 def _similarities(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inner products of the rows of x and y, -inf for i = j, in tiles of 16 MiB at most: row numbers [t], s [t, n]."""
+    """Inner products of rows of x and y, -inf for i = j, in tiles of up to 16 MiB: rows [t], s [t, n]."""
     for rows in torch.arange(len(x)).split(max(1, 2 ** 22 // len(x))):
         s = x[rows] @ y.T
         s[torch.arange(len(rows)), rows] = -torch.inf
@@ -41,12 +44,13 @@ def _rand(generator: Generator | None, *shape: int) -> Tensor:
 
 
 def _kmeans(x: Tensor, k: int, generator: Generator | None, rounds: int = 30) -> Tensor:
-    """Centres [k, d] of the rows of x [n, d]: k-means++ (Arthur & Vassilvitskii, 2007), then Lloyd's rounds."""
-    weight, centres = torch.full((len(x),), 1e30, dtype=x.dtype), []  # the same for all: the first is drawn uniformly
+    """Centres [k, d] of the rows of x [n, d]: k-means++ (Arthur & Vassilvitskii, 2007), then Lloyd's."""
+    weight, centres = torch.full((len(x),), 1e30, dtype=x.dtype), []  # all the same: a uniform first draw
     for draw in _rand(generator, k):
         total = weight.cumsum(0, dtype=torch.float64)
         # With fewer distinct rows than centres every weight ends at 0, and the clamp takes the last row.
-        centres.append(x[torch.searchsorted(total, draw * total[-1], right=True).clamp(max=len(x) - 1)])
+        drawn = torch.searchsorted(total, draw * total[-1], right=True).clamp(max=len(x) - 1)
+        centres.append(x[drawn])
         weight = torch.minimum(weight, (x - centres[-1]).square().sum(1))
     centres = torch.stack(centres)
     for _ in range(rounds):
@@ -58,71 +62,40 @@ def _kmeans(x: Tensor, k: int, generator: Generator | None, rounds: int = 30) ->
 
 
 def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -> Tensor:
-    """GCBS: consecutive rows of a bandwidth-reducing order of the graph of the most similar pairs. Nothing is random.
+    """GCBS: consecutive rows of a bandwidth-reducing order of the graph of the most similar pairs.
 
-    Sachidananda, Yang & Zhu, "Global Selection of Contrastive Batches via Optimization on Sample Permutations", ICML
-    2023.  Edges, either way, are the u_i.v_j, i != j, above the quantile of all; reverse Cuthill-McKee orders the rows.
+    Sachidananda, Yang & Zhu, "Global Selection of Contrastive Batches via Optimization on Sample
+    Permutations", ICML 2023.  Edges, either way, are the u_i.v_j, i != j, above the quantile of all; reverse
+    Cuthill-McKee orders. Nothing is random.
     """
     unit_u, unit_v, n = _unit_rows(u, v, batch_size)
     if quantile is None:
-        # 0.999 leaves n / 1000 edges a row: of 10^5 rows more than a batch, of a few thousand next to none, and many
-        # rows in a random order. So B edges a row at least; on real embeddings that is next to the best quantile.
+        # The released 0.999 leaves n / 1000 edges a row: of a few thousand rows next to none. So B edges a
+        # row at least; on real embeddings that is next to the best quantile.
         quantile = min(0.999, 1 - batch_size / n)
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile is {quantile}; give a number from 0 to below 1, for instance 0.999")
     # From all rows up to n = 2,048, from evenly spaced ones beyond.
     floor = (unit_u[::-(-n * n // 2 ** 22)] @ unit_v.T).flatten().quantile(quantile)
-    edges = torch.cat([(s > floor).nonzero() + torch.tensor([rows[0], 0]) for rows, s in _similarities(unit_u, unit_v)])
+    edges = torch.cat([(s > floor).nonzero() + torch.tensor([rows[0], 0])
+                       for rows, s in _similarities(unit_u, unit_v)])
     graph = coo_array((torch.ones(len(edges)).numpy(), edges.T.numpy()), (n, n)).tocsr()
     order = reverse_cuthill_mckee(graph + graph.T, symmetric_mode=True)
     return torch.from_numpy(order.astype("int64")).view(-1, batch_size).to(u.device)
-
-
-def batch_sampler(u: Tensor, v: Tensor, batch_size: int, candidates: int = 1000, neighbours: int = 100,
-                  restart: float = 0.1, generator: Generator | None = None) -> Tensor:
-    """BatchSampler: each batch is what one random walk with restart meets on a proximity graph; no partition.
-
-    Yang et al., "BatchSampler: Sampling Mini-Batches for Contrastive Learning in Vision, Language, and Graphs", KDD
-    2023.  A row's out-neighbours are the `neighbours` nearest (u_i.u_j + v_i.v_j) of `candidates` random other rows, or
-    of all.  The walks are independent: a row is in any number of batches, in each at most once.  The defaults are
-    those of the released main.py, which lowers restart to 0.05 over the epochs.
-    """
-    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
-    if not batch_size - 1 <= neighbours <= candidates:  # with fewer a walk may never meet B rows
-        raise ValueError(f"neighbours is {neighbours} of {candidates} candidates with batches of {batch_size}; give "
-                         f"neighbours from batch_size - 1 = {batch_size - 1} to the number of candidates")
-    if not 0 <= restart < 1:
-        raise ValueError(f"restart is {restart}; give a probability from 0 to below 1, for instance 0.1")
-    near = _nearest_of_random(torch.cat([unit_u, unit_v], 1), candidates, neighbours, generator)
-    start = _rand(generator, n).argsort()[:n // batch_size]
-    batches = start[:, None].repeat(1, batch_size)  # places still free hold the start
-    here, count = start, torch.ones_like(start)
-    while (count < batch_size).any():
-        jump, turn = _rand(generator, 2, len(start))
-        here = torch.where(jump < restart, start, near[here, (turn * near.shape[1]).long()])
-        new = ((batches != here[:, None]).all(1) & (count < batch_size)).nonzero().squeeze(1)
-        batches[new, count[new]] = here[new]
-        count[new] += 1
-    return batches.to(u.device)
-
-
-def _nearest_of_random(x: Tensor, candidates: int, neighbours: int, generator: Generator | None) -> Tensor:
-    """Of random other rows, drawn for each row of x [n, d], the nearest, [n, neighbours], nearest first."""
-    near = []
-    for rows, s in _similarities(x, x):
-        draw = _rand(generator, *s.shape).masked_fill_(s == -torch.inf, -1)
-        drawn = draw.topk(min(candidates, len(x) - 1)).indices
-        near.append(drawn.gather(1, s.gather(1, drawn).topk(min(neighbours, drawn.shape[1])).indices))
-    return torch.cat(near)
 
 
 def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
                       generator: Generator | None = None) -> Tensor:
     """Algorithm 1 as its authors released it: spectral clustering of exp(w), w = spectral_affinity.
 
-    Cho et al., "Mini-Batch Optimization of Contrastive Loss", TMLR 2024.  In each window of k * B rows (the last may be
-    smaller) the k largest eigenvectors of D^-1/2 exp(w) D^-1/2, times D^-1/2; k-means on their rows; and to each
-    centre B rows by an optimal assignment of the distances, which are not squared.
+    Cho et al., "Mini-Batch Optimization of Contrastive Loss", TMLR 2024; sc_even_kb_loose of its code.
+    u, v [n, d] in a random order; each window of k * B consecutive rows gives k batches, [n // B, B] in all.
+    In a window, in float64: the first k eigenvectors of the normalised Laplacian of exp(w), its diagonal zero
+    (the k largest of D^-1/2 exp(w) D^-1/2), times D^-1/2 as in scikit-learn, the rows not scaled to length 1;
+    k-means of the rows; to each centre B rows by an optimal assignment of the distances, not squared.
+    Unlike the released code: a last window of fewer than k batches is used, not dropped; k-means starts once,
+    not ten times (by embeddings of trained networks the mean loss is the same to 0.01); eigh, not ARPACK.
+    Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n.
     """
     _check(u, v, temperature, read=True)
     _check_size(len(u), batch_size)
@@ -139,23 +112,25 @@ def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature
     return torch.cat(batches).to(u.device)
 
 
-def b3(u: Tensor, v: Tensor, batch_size: int, cluster_size: int | None = None, ranks: tuple[int, int] | None = None,
-       generator: Generator | None = None) -> Tensor:
+def b3(u: Tensor, v: Tensor, batch_size: int, cluster_size: int | None = None,
+       ranks: tuple[int, int] | None = None, generator: Generator | None = None) -> Tensor:
     """B3: batches are unions of communities of a graph without the edges to each row's very nearest.
 
-    Thirukovalluru et al., "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch Mining", NeurIPS
-    2025.  Each u_i ranks the v_j, j != i, from 0; an edge joins two rows that give each other a rank in [low, high)
-    (nearer ones are likely false negatives).  Communities have cluster_size rows, a divisor of batch_size.
+    Thirukovalluru et al., "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch Mining",
+    NeurIPS 2025.  Each u_i ranks the v_j, j != i, from 0; an edge joins two rows that give each other a rank
+    in [low, high) (nearer ones are likely false negatives).  Communities have cluster_size rows, dividing B.
     """
     unit_u, unit_v, n = _unit_rows(u, v, batch_size)
-    # The released code: communities of 32, ranks 30 to 130, of 10^4 samples and more. Of fewer these would skip whole
-    # neighbourhoods and then join almost everything, so both shrink with n below 3,840 and 1,600.
+    # The released code: communities of 32, ranks 30 to 130, of 10^4 samples and more. Of fewer these would
+    # skip whole neighbourhoods and then join almost everything, so both shrink with n below 3,840 and 1,600.
     size = cluster_size if cluster_size is not None else batch_size if batch_size % 32 else 32
     low, high = ranks or (min(30, n // 128), min(30, n // 128) + min(100, max(1, n // 16)))
     if size < 1 or batch_size % size:
-        raise ValueError(f"cluster_size is {size} with a batch_size of {batch_size}; give a divisor of {batch_size}")
+        raise ValueError(f"cluster_size is {size} with a batch_size of {batch_size}; give a divisor of "
+                         f"{batch_size}")
     if not 0 <= low < min(high, n - 1):
-        raise ValueError(f"ranks is {(low, high)} with {n} samples; give (low, high), 0 <= low < high, low < {n - 1}")
+        raise ValueError(f"ranks is {(low, high)} with {n} samples; give (low, high), 0 <= low < high, "
+                         f"low < {n - 1}")
     edges = torch.cat([(rows[:, None] * n + s.topk(min(high, n - 1)).indices[:, low:]).flatten()
                        for rows, s in _similarities(unit_u, unit_v)])
     edges = edges[torch.isin(edges % n * n + edges // n, edges)]
@@ -164,20 +139,21 @@ def b3(u: Tensor, v: Tensor, batch_size: int, cluster_size: int | None = None, r
 
 
 def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator | None) -> Tensor:
-    """n nodes in parts of exactly `size` with few edges (row, col), listed both ways, between them, [n // size, size].
+    """n nodes in parts [n // size, size] with few edges (row, col), listed both ways, between the parts.
 
-    In METIS's place: recursive bisection, all parts of a level at once. A part is cut along the slowest mode of a
-    random walk in it, where the sizes come out right; then nodes change sides to where most of their neighbours are.
+    In METIS's place: recursive bisection, all parts of a level at once. A part is cut along the slowest mode
+    of a random walk in it, where the sizes come out right; then nodes change to the side of most neighbours.
     """
     def total(x: Tensor, node: Tensor) -> Tensor:
         return torch.zeros(n).index_add_(0, node, x)
 
-    def cut(x: Tensor) -> Tensor:  # 2 * part for the smallest x of each part, as many as halves says, else 2 * part + 1
+    def cut(x: Tensor) -> Tensor:  # 2 * part for each part's smallest x, as halves says, else 2 * part + 1
         order = x.argsort(stable=True)
         order = order[part[order].argsort(stable=True)]
-        return torch.empty_like(part).scatter_(0, order, torch.arange(len(halves)).repeat_interleave(size * halves))
+        side = torch.arange(len(halves)).repeat_interleave(size * halves)
+        return torch.empty_like(part).scatter_(0, order, side)
 
-    part, parts = torch.zeros(n, dtype=torch.int64), torch.tensor([n // size])  # parts: how many each will become
+    part, parts = torch.zeros(n, dtype=torch.int64), torch.tensor([n // size])  # parts: what each will become
     while parts.max() > 1:
         inside = part[row] == part[col]
         row, col = row[inside], col[inside]
@@ -194,12 +170,31 @@ def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator
     return part.argsort(stable=True).view(-1, size)
 
 
-def greedy_groups(u: Tensor, v: Tensor, batch_size: int, generator: Generator | None = None) -> Tensor:
-    """The first thing to try: k-means of u + v with n // B centres; cluster after cluster is cut into batches.
+def choosers(size: int, k: int, temperature: float, file_order: bool, labelled: bool,
+             other: ModuleType | None = None) -> dict[str, Callable]:
+    """By name all that chooses batches from a window: (u, v, class ids or None, generator) -> batches [m,
+    size].
 
-    As in NGAME (Dahiya et al., WSDM 2023) batches are made of clusters, which may have any size here.
+    file_order, labelled: with what only makes sense where rows have a meaningful order, or class ids. other:
+    a second samplers.py, to compare with the first.
     """
-    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
-    x = F.normalize(unit_u + unit_v, dim=1)
-    label = torch.cdist(x, _kmeans(x, n // batch_size, generator)).argmin(1)
-    return label.argsort(stable=True).view(-1, batch_size).to(u.device)
+    def spectral(module: ModuleType = samplers, **options) -> Callable:
+        return lambda u, v, y, g: module.spectral_batches(u, v, size, k, temperature, g, **options)
+    refined, q = partial(spectral, refine=True), max(1, k // 10)
+    random = samplers.random_batches  # whose mean loss all others are compared with: of twenty draws
+    methods = {"random": lambda u, v, y, g: torch.cat([random(len(u), size, g) for _ in range(20)])}
+    if file_order:
+        methods["in file order"] = lambda u, v, y, g: torch.arange(k * size).view(k, size)
+    methods |= {
+        "osgd, q = k/10": lambda u, v, y, g: samplers.osgd_batches(u, v, size, k, q, temperature),
+        "GCBS": lambda u, v, y, g: gcbs(u, v, size),
+        "released spectral": lambda u, v, y, g: released_spectral(u, v, size, k, temperature, g),
+        "B3": lambda u, v, y, g: b3(u, v, size, generator=g),
+        "B3, no rank skipped": lambda u, v, y, g: b3(u, v, size, ranks=(0, 100), generator=g),
+        "spectral": spectral(), "refined": refined()}
+    if other:
+        methods |= {"spectral, against": spectral(other), "refined, against": refined(other)}
+    if labelled:
+        methods["refined, exclude=labels"] = lambda u, v, y, g: refined(exclude=y)(u, v, y, g)
+        methods |= {f"refined, ceiling={x}": refined(ceiling=x) for x in (0.999, 0.99)}
+    return methods

@@ -1,9 +1,9 @@
-"""A training run's folder: who may write to it, its checkpoint, and its journal on the terminal, in log.jsonl and for
-TensorBoard. train.py is what runs.
+"""A training run's folder: who may write to it, its checkpoint, the signals that save it, and its journal on
+the terminal, in log.jsonl and for TensorBoard. train.py is what runs.
 """
 import contextlib
-import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from cli import Stop, clock, expand, say, write_atomically
+from cli import Stop, clock, expand, progress, say, write_atomically
 
 
 def free_folder(out_dir: str, resume: bool) -> Path:
@@ -24,24 +25,24 @@ def free_folder(out_dir: str, resume: bool) -> Path:
     checkpoint = folder / "checkpoint.pt"
     try:
         if (folder / "result.json").exists() and not checkpoint.exists():
-            raise Stop(f"{folder} holds a finished run without its checkpoint: give another --out-dir, or remove that "
-                       "folder")
+            raise Stop(f"{folder} holds a finished run without its checkpoint: give another --out-dir, or "
+                       "remove that folder")
         if resume and not checkpoint.exists():
-            raise Stop(f"--resume: there is no checkpoint in {folder}; leave --resume out to start it, or give its "
-                       "--out-dir")
+            raise Stop(f"--resume: there is no checkpoint in {folder}; leave --resume out to start it, or "
+                       "give its --out-dir")
         if not resume and checkpoint.exists():
-            raise Stop(f"{folder} holds a run already: add --resume to go on with it, or give another --out-dir")
+            raise Stop(f"{folder} holds a run already: add --resume to go on, or give another --out-dir")
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise OSError(errno.EACCES, f"{there} is not a folder that can be written")
     except OSError as error:
         raise Stop(f"--out-dir {folder}: {error.strerror}; give another folder") from None
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise Stop(f"--out-dir {folder}: {there} is not a folder that can be written; give another folder")
     return folder
 
 
 @contextlib.contextmanager
 def locked(folder: Path, rank: int):
-    """The folder for this process alone, until it ends, however it ends; of several processes for the first."""
+    """The folder for this process alone until it ends, however it ends; of several for the first."""
     if rank:
         yield
         return
@@ -61,6 +62,11 @@ def locked(folder: Path, rank: int):
         yield
 
 
+def write_checkpoint(folder: Path, content: dict) -> None:
+    torch.save(content, buffer := io.BytesIO())
+    write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
+
+
 def read_checkpoint(folder: Path, settings: dict) -> dict:
     """What a checkpoint holds; raises Stop where it is damaged or of a run with other settings."""
     path = folder / "checkpoint.pt"
@@ -72,21 +78,23 @@ def read_checkpoint(folder: Path, settings: dict) -> dict:
     except OSError as error:
         raise Stop(f"--resume: {error.filename}: {error.strerror}") from None
     except Exception as error:  # torch.load fails in many ways on a damaged file
-        raise Stop(f"--resume: {path} cannot be used ({type(error).__name__}): it is damaged or not of this program; "
-                   "give another --out-dir to start anew") from None
+        raise Stop(f"--resume: {path} cannot be used ({type(error).__name__}): it is damaged or not of this "
+                   "program; give another --out-dir to start anew") from None
     if differences:
-        raise Stop(f"--resume: {folder} was started with other settings ({'; '.join(differences)}); give those, or "
-                   "another --out-dir")
+        raise Stop(f"--resume: {folder} was started with other settings ({'; '.join(differences)}; "
+                   "digest: of the images); give those, or another --out-dir")
     return saved
 
 
 @contextlib.contextmanager
 def signals_caught(caught: list[int]):
-    """`caught` gets the number of a signal that asks for an end; a second one ends the program at once."""
+    """`caught` gets the number of a signal that asks for an end. A second one ends the program at once, but
+    not one of several processes: torchrun sends them what the terminal has sent them already."""
     def on_signal(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    asking = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # the last two of cluster schedulers
+        if not dist.is_initialized():
+            signal.signal(number, signal.SIG_DFL)
+    asking = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # which schedulers send
     before = {number: signal.signal(number, on_signal) for number in asking
               if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves SIGHUP
     try:
@@ -96,18 +104,29 @@ def signals_caught(caught: list[int]):
             signal.signal(number, handler)
 
 
+def agreed(wish: bool, device: torch.device) -> bool:
+    """Whether any of the processes wishes it, which all ask at the same place."""
+    if dist.is_initialized():
+        dist.all_reduce(wishes := torch.tensor(int(wish), device=device))
+        return bool(wishes)
+    return wish
+
+
 class Journal:
     """What a run tells: lines on the terminal, log.jsonl, TensorBoard. Its `state` is part of the checkpoint.
 
-    images: of the training set.  epoch_steps: steps of an epoch.  rank: of the process; only the first one writes.
+    images: of the training set.  rank: of the process, of so many `processes`; only the first one writes.
     """
 
-    def __init__(self, folder: Path, knobs: dict, device: torch.device, images: int, epoch_steps: int, rank: int):
-        self.folder, self.knobs, self.device, self.rank = folder, knobs, device, rank
-        self.images, self.epoch_steps, self.total_steps = images, epoch_steps, knobs["epochs"] * epoch_steps
+    def __init__(self, folder: Path, knobs: dict, device: torch.device, images: int, rank: int = 0,
+                 processes: int = 1):
+        self.folder, self.knobs, self.device, self.images, self.rank = folder, knobs, device, images, rank
+        self.step_images = knobs["batch_size"] * processes
+        self.epoch_steps = images // self.step_images
+        self.total_steps = knobs["epochs"] * self.epoch_steps
         self.last_step = min(self.total_steps, knobs["max_steps"] or self.total_steps)
-        self.state = {"step": 0, "seconds_training": 0.0, "seconds_selecting": 0.0, "loss_sum": 0.0, "loss_count": 0,
-                      "chosen": [], "random": [], "log": []}
+        self.state = {"step": 0, "seconds_training": 0.0, "seconds_selecting": 0.0, "loss_sum": 0.0,
+                      "loss_count": 0, "chosen": [], "random": [], "log": []}
 
     @contextlib.contextmanager
     def open(self, record: dict):
@@ -117,13 +136,14 @@ class Journal:
             write_atomically(self.folder / "config.json", json.dumps(record, indent=1).encode())
             self._write_log()
             self.board = SummaryWriter(self.folder, purge_step=self.state["step"] + 1)
-        self.reported, self.seconds, self.estimated = self.state["step"], self.state["seconds_training"], False
+        self.reported, self.seconds = self.state["step"], self.state["seconds_training"]
+        self.estimated = False
         self.began = self.ticked = time.perf_counter()
         try:
             yield
         except OSError as error:  # TensorBoard's writer reports a full disk so
-            raise Stop(f"cannot write to {self.folder}: {error.strerror or error}; free some space and go on with "
-                       "--resume") from None
+            raise Stop(f"cannot write to {self.folder}: {error.strerror or error}; free some space and go on "
+                       "with --resume") from None
         finally:
             if self.rank == 0:
                 with contextlib.suppress(OSError):
@@ -134,10 +154,9 @@ class Journal:
 
     def resumed(self, record: dict) -> dict:
         """The record of where the run began, with this process added to it."""
+        made_by = {name: record[name] for name in ("command", "commit", "device", "time", "versions")}
         with contextlib.suppress(OSError, ValueError):
-            record = {**json.loads((self.folder / "config.json").read_text()), "now": record}
-        now = record.pop("now", record)
-        made_by = {name: now[name] for name in ("command", "commit", "device", "time", "versions")}
+            record = json.loads((self.folder / "config.json").read_text())
         record["resumed"].append({"step": self.state["step"], **made_by})
         return record
 
@@ -168,12 +187,41 @@ class Journal:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a line: every --log-every steps, at an epoch's end, and once after five seconds."""
-        early = not self.estimated and time.perf_counter() - self.began > 5 and "WORLD_SIZE" not in os.environ
+        """Whether a line is due: every --log-every steps, at an epoch's end, and once after five seconds."""
+        early = not self.estimated and time.perf_counter() - self.began > 5 and not dist.is_initialized()
         return early or self.epoch_ends or self.state["step"] - self.reported == self.knobs["log_every"]
 
+    def estimate(self, seconds: float) -> None:
+        """Says once what is left of the run, and where that is more than a day what to change."""
+        if seconds > 86400 and not self.estimated:  # at 32 px a pixel costs more than at 224
+            small = seconds * min(1, (32 / self.knobs["image_size"]) ** 1.8) * min(1, 8192 / self.images)
+            self.say(f"the whole run takes {seconds / 86400:.0f} days here; --image-size 32 --limit 8192: "
+                     f"about {max(1, small / 3600):.0f} hours")
+        self.estimated = True
+
+    def pairs(self, views: Tensor) -> None:
+        """A picture of the augmented views [2n, 3, S, S] of n images, one above the other."""
+        if self.rank == 0:
+            self.board.add_image("augmented_pairs", make_grid(views, nrow=len(views) // 2, normalize=True), 0)
+
+    def selecting(self, images: int) -> None:
+        """A selection begins, which may embed so many images."""
+        self.tick("seconds_training")
+        self.embedded, self.show = 0, progress("embedding to select", images, "images")
+
+    def embedding(self, images: int) -> None:
+        """So many more images are embedded; the first selection, if it is long, tells how long the run is."""
+        self.embedded += images
+        if self.rank == 0:
+            self.show(self.embedded)
+        seconds = time.perf_counter() - self.ticked
+        if seconds > 5 and not self.estimated:
+            selected = self.knobs["k"] / (self.knobs["q"] or self.knobs["k"])  # of a batch trained on
+            images = (self.last_step - self.state["step"]) * self.step_images * (selected + 3)
+            self.estimate(seconds / self.embedded * images)  # training on an image takes thrice embedding it
+
     def window(self, losses: dict[str, Tensor] | None, images: Tensor) -> None:
-        """Of a selection: the losses of chosen and of random batches, and once an epoch a picture of one of each."""
+        """Losses of a selection's chosen and of random batches; once an epoch a picture of one of each."""
         if losses is None or self.rank:
             return
         for kind in ("chosen", "random"):
@@ -193,28 +241,25 @@ class Journal:
         state, step = self.state, self.state["step"]
         for number, loss in enumerate(losses, step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise Stop(f"the loss is {loss} at step {number}: try a lower --lr, a higher --temperature or more "
-                           "--warmup-epochs", code=1)
+                raise Stop(f"the loss is {loss} at step {number}: try a lower --lr, a higher --temperature "
+                           "or more --warmup-epochs", code=1)
+            state["loss_sum"] += loss  # one by one: the same to the bit wherever the lines fall
         self.tick("seconds_training")
         if not losses:
             return
-        state["loss_sum"], state["loss_count"] = state["loss_sum"] + sum(losses), state["loss_count"] + len(losses)
+        state["loss_count"] += len(losses)
         mean = sum(losses) / len(losses)
         spent = state["seconds_training"] + state["seconds_selecting"]
-        rate = len(losses) * self.images / self.epoch_steps / max(state["seconds_training"] - self.seconds, 1e-9)
+        rate = len(losses) * self.step_images / max(state["seconds_training"] - self.seconds, 1e-9)
         self.reported, self.seconds = step, state["seconds_training"]
         left = spent / step * (self.last_step - step)
-        self.say(f"epoch {(step - 1) // self.epoch_steps + 1}/{self.knobs['epochs']} step {step}/{self.last_step} "
-                 f"loss {mean:.3f} lr {lr:.3f} {rate:.0f} images/s "
+        self.say(f"epoch {(step - 1) // self.epoch_steps + 1}/{self.knobs['epochs']} "
+                 f"step {step}/{self.last_step} loss {mean:.3f} lr {lr:.3f} {rate:.0f} images/s "
                  f"selecting {state['seconds_selecting'] / spent:.0%} left {clock(left)}")
-        if not self.estimated and left > 86400:  # at 32 px a pixel costs more than at 224
-            small = left * min(1, (32 / self.knobs["image_size"]) ** 1.8) * min(1, 8192 / self.images)
-            self.say(f"the whole run takes {left / 86400:.0f} days here; --image-size 32 --limit 8192: about "
-                     f"{max(1, small / 3600):.0f} hours")
-        self.estimated = True
+        self.estimate(left)
         if self.rank == 0:
             self._scalars(loss=mean, learning_rate=lr, images_per_second=rate,
-                          seconds__selecting=state["seconds_selecting"], seconds__training=state["seconds_training"])
+                          seconds__selecting=state["seconds_selecting"], seconds__training=self.seconds)
 
     def epoch(self, metrics: dict, images: int) -> None:
         """The line of log.jsonl, of retrieval among so many validation images."""
@@ -228,5 +273,5 @@ class Journal:
         state.update(loss_sum=0.0, loss_count=0, chosen=[], random=[])
         self._write_log()
         self._scalars(validation__R1=line["R1"], validation__R5=line["R5"])
-        self.say(f"epoch {epoch:g}: loss {line['loss']:.3f}, R@1 {line['R1']:.1%}, R@5 {line['R5']:.1%} of {images} "
-                 "validation images")
+        self.say(f"epoch {epoch:g}: loss {line['loss']:.3f}, R@1 {line['R1']:.1%}, R@5 {line['R5']:.1%} of "
+                 f"{images} validation images")

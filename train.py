@@ -1,23 +1,21 @@
 """Pre-train a ResNet-18 by contrastive learning on mini-batches that are chosen, not only drawn.
 
-    python train.py                                                          # generated images, minutes on a laptop
-    python train.py --dataset tinyimagenet --sampler osgd --k 1500 --q 150   # the paper's settings
+    python train.py                                                # generated images, minutes on a laptop
+    python train.py --dataset tinyimagenet --sampler osgd --k 1500 --q 150         # the paper's settings
     python train.py --dataset cifar100 --sampler spectral --objective sogclr
     python train.py --dataset folder --data-dir ~/photos --image-size 64
-    torchrun --nproc_per_node 8 train.py --dataset cifar100                  # 8 GPUs, a mini-batch each
-    tensorboard --logdir runs                                                # watch
+    torchrun --nproc_per_node 8 train.py --dataset cifar100        # 8 GPUs, a mini-batch each
+    tensorboard --logdir runs                                      # watch
 
 A run writes its folder (--out-dir): config.json, log.jsonl (a line an epoch), checkpoint.pt, result.json and
 TensorBoard's events. Ctrl-C saves; the same command with --resume goes on bit for bit.
 """
 import functools
-import io
 import math
 import os
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,17 +24,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from augment import NUM_UNIFORM, augment, views_of
-from cli import Stop, parse, pick_device, progress, provenance, run, write_atomically
+from cli import Stop, parse, pick_device, provenance, run
 from lars import LARS, warmup_cosine
 from model import ContrastiveModel, SogCLRLoss, dcl, embed, hcl, nt_xent
 from retrieval import retrieval_metrics
 from rivals import released_spectral
-from runfolder import Journal, free_folder, locked, read_checkpoint, signals_caught
+from runfolder import Journal, agreed, free_folder, locked, read_checkpoint, signals_caught, write_checkpoint
 from samplers import ContrastiveBatchSampler, of_all_processes
 
-# ------------------------------------------------------------------------------------------------------ knobs
-# Each --sampler is what ContrastiveBatchSampler is made with. A new one is a line here: its method may be a function
-# (u, v, batch_size, k, temperature, generator) -> batches [m, B] of the window's rows.
+# ------------------------------------------------------------------------------------------------ knobs
+# Each --sampler is what ContrastiveBatchSampler is made with. A new one is a line here: its method may be a
+# function (u, v, batch_size, k, temperature, generator) -> batches [m, B] of the window's rows.
 SAMPLERS = {
     "random": {"method": "random"},
     "osgd": {"method": "osgd"},
@@ -45,38 +43,38 @@ SAMPLERS = {
     "refined": {"method": "spectral", "refine": True},
     "spectral-released": {"method": released_spectral},
 }
-# name: (default, allowed, what it does). The command line is made from this table. A default of None is filled in by
-# the data set or by another knob, as its line says.
+# name: (default, allowed, what it does). The command line is made from this table. None is filled in by the
+# data set or by another knob, as its line says.
 KNOBS = {
     # data
-    "dataset": ("deadleaves", tuple(data.SOURCE_SIZE), "images to train on; deadleaves is generated, cifar100 and "
-                "tinyimagenet download when absent, folder reads any images under --data-dir"),
+    "dataset": ("deadleaves", tuple(data.SOURCE_SIZE), "deadleaves is generated, cifar100 and tinyimagenet "
+                "download when absent, folder reads any images under --data-dir"),
     "data_dir": ("data", str, "folder (or zip file) of the data; decoded images are cached beside them"),
-    "limit": (None, "int >= 2", "use the first n training images, spread over the classes; of deadleaves, make n"),
+    "limit": (None, "int >= 2", "the first n images, spread over the classes; of deadleaves, make n"),
     "source_size": (None, "int >= 1 <= 4096", "side to which images are brought once, before augmentation "
                     "(default: the data set's own; folder 8/7 of the image size)"),
-    "skip_broken": (False, bool, "leave out images that cannot be decoded instead of stopping, and count them"),
+    "skip_broken": (False, bool, "leave out and count images that cannot be decoded, instead of stopping"),
     # augmentation
     "image_size": (None, "int >= 8 <= 2048", "side of the augmented views, pixels"),
     "crop_scale": (None, "float > 0 <= 1", "smallest share of the image's area that a random crop keeps"),
     "jitter": (None, "float >= 0 <= 2", "strength of the colour jitter; 1 is (0.4, 0.4, 0.2, 0.1)"),
     # choosing mini-batches
-    "sampler": ("spectral", tuple(SAMPLERS), "random: a permutation cut into batches (Algorithm 4); osgd: of each k "
-                "batches of a permutation the q of highest loss (6); osgd-replacement: of k batches drawn anew (5); "
-                "spectral: windows of k*B images cut into batches of similar ones (1); refined: those, exchanging "
-                "images until harder still; spectral-released: 1 as its authors released it"),
-    "embeddings": (None, ("fresh", "free", "list"), "what is selected on. fresh: each window is embedded when its "
-                   "turn comes; list: all images when a permutation is drawn, as the authors' code does; free: what "
-                   "the steps computed when they last saw each image, the first epoch random (default: refined "
-                   "free, others fresh)"),
-    "k": (None, "int >= 1", "batches looked at in one selection (default: osgd 1500, others 40; deadleaves 32)"),
-    "q": (None, "int >= 1", "batches that osgd keeps of each k (default: 150; deadleaves 8); others keep all"),
+    "sampler": ("spectral", tuple(SAMPLERS), "random: a permutation cut into batches (Algorithm 4); osgd: of "
+                "each k batches of a permutation the q of highest loss (6); osgd-replacement: of k batches "
+                "drawn anew (5); spectral: windows of k*B images cut into batches of similar ones (1); "
+                "refined: those, exchanging images until harder still; spectral-released: (1) as released"),
+    "embeddings": (None, ("fresh", "free", "list"), "what is selected on. fresh: each window embedded when "
+                   "its turn comes; list: all images when a permutation is drawn, as the authors' code does; "
+                   "free: what the steps computed when they last saw each image, the first epoch random "
+                   "(default: refined free, others fresh)"),
+    "k": (None, "int >= 1", "batches a selection looks at (default: osgd 1500, others 40; deadleaves 32)"),
+    "q": (None, "int >= 1", "batches that osgd keeps of k (default: 150; deadleaves 8); others keep all"),
     "lowest": (False, bool, "osgd keeps the batches of lowest loss instead"),
-    "select_after": (0, "int >= 0", "random batches for the first n epochs: hard ones pay once random ones are easy"),
+    "select_after": (0, "int >= 0", "random batches for n epochs: hard ones pay once random ones are easy"),
     "batch_size": (32, "int >= 2", "images in a mini-batch, B"),
     # objective
-    "objective": ("simclr", ("simclr", "sogclr", "hcl", "dcl"), "simclr: NT-Xent; sogclr: global loss with running "
-                  "estimates; hcl: hard negatives weighted up; dcl: NT-Xent without the positive below"),
+    "objective": ("simclr", ("simclr", "sogclr", "hcl", "dcl"), "simclr: NT-Xent; sogclr: global loss with "
+                  "running estimates; hcl: hard negatives weighted up; dcl: NT-Xent, no positive below"),
     "temperature": (0.1, "float > 0", "divides the cosine similarities, in the loss and in selection"),
     "gamma": (0.9, "float >= 0 <= 1", "sogclr: weight of the newest value in the running estimates"),
     "tau_plus": (0.1, "float >= 0 < 1", "hcl: prior probability that a negative is of the same class"),
@@ -89,30 +87,31 @@ KNOBS = {
     "lr_scaling": ("sqrt", ("sqrt", "linear"), "peak learning rate 0.075*sqrt(B) or 0.075*B/256"),
     "momentum": (0.9, "float >= 0 < 1", "LARS's momentum"),
     "weight_decay": (1e-6, "float >= 0 <= 1", "LARS's weight decay"),
-    "trust_coefficient": (0.001, "float > 0 <= 1", "LARS: a layer's step, as a share of its weights, at rate 1"),
+    "trust_coefficient": (0.001, "float > 0 <= 1", "a layer's step at rate 1, as a share of its weights"),
     # the run
     "seed": (0, "int >= 0 < 4294967296", "fixes weights, batches and augmentation on one machine"),
     "device": ("auto", str, "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"),
-    "step": ("auto", ("auto", "graph", "eager", "compile"), "graph: a step is one CUDA graph, the same to the bit; "
-             "compile: by torch.compile, worth it on long runs; auto: graph on CUDA, eager elsewhere"),
+    "step": ("auto", ("auto", "graph", "eager", "compile"), "graph: a step is one CUDA graph, the same to "
+             "the bit; compile: by torch.compile, for long runs; auto: graph on CUDA, eager elsewhere"),
     "out_dir": (None, str, "run folder (default: runs/DATASET-SAMPLER-OBJECTIVE-seedSEED)"),
     "resume": (False, bool, "go on from the run folder's checkpoint"),
     "max_steps": (None, "int >= 1", "stop early, after n steps in all; the schedule stays that of --epochs"),
     "log_every": (20, "int >= 1 <= 100000", "steps between progress lines; the device is read only there"),
     "checkpoint_minutes": (10.0, "float >= 0", "save at least this often, besides the end of every epoch"),
 }
-# The generated images' numbers were chosen on random batches alone: of 2,048 images at crop scale 0.5 and half the
-# jitter, their loss falls below 1.5 in the 4th epoch and to 1.0 in the 10th.
+# The generated images' numbers were chosen on random batches alone: of 2,048 images at crop scale 0.5 and
+# half the jitter, their loss falls below 1.5 in the 4th epoch and to 1.0 in the 10th.
 PAPER = {"image_size": 224, "crop_scale": 0.08, "jitter": 1.0, "epochs": 100, "warmup_epochs": 10}
 QUICK = {"limit": 2048, "image_size": 32, "crop_scale": 0.5, "jitter": 0.5, "epochs": 10, "warmup_epochs": 1}
 DATASET_DEFAULTS = {"cifar100": PAPER, "tinyimagenet": PAPER, "folder": PAPER, "deadleaves": QUICK}
-FREE_ON_RESUME = {"data_dir", "out_dir", "device", "step", "resume", "max_steps", "log_every", "checkpoint_minutes"}
+FREE_ON_RESUME = {"data_dir", "out_dir", "device", "step", "resume", "max_steps", "log_every",
+                  "checkpoint_minutes"}
 VALIDATION_IMAGES = 1000  # of the quick two-view retrieval at the end of each epoch
-WARM = 3  # eager steps before a graph is captured: they make the optimiser's buffers and the libraries' workspaces
+WARM = 3  # eager steps before a graph is captured: they make the optimiser's buffers and the libraries' own
 
 
 def settle(argv: list[str]) -> dict:
-    """All knobs with their values from the command line's words; raises Stop where they do not go together."""
+    """All knobs, with values from the command line's words; raises Stop where they do not go together."""
     knobs, given = parse(argv, __doc__, KNOBS, DATASET_DEFAULTS)
     sampler, quick = knobs["sampler"], knobs["dataset"] == "deadleaves"
     by_loss = sampler.startswith("osgd")
@@ -127,26 +126,27 @@ def settle(argv: list[str]) -> dict:
     if by_loss:
         knobs["q"] = knobs["q"] or min(knobs["k"], 8 if quick else 150)
         if knobs["q"] > knobs["k"]:
-            raise Stop(f"--q {knobs['q']} is more than --k {knobs['k']}: give --q at most {knobs['k']}, or a larger --k")
+            raise Stop(f"--q {knobs['q']} is more than --k {knobs['k']}: give at most that, or a larger --k")
     if knobs["warmup_epochs"] >= knobs["epochs"]:
         if "warmup_epochs" in given:
-            raise Stop(f"--warmup-epochs {knobs['warmup_epochs']}: give fewer than --epochs {knobs['epochs']}")
+            raise Stop(f"--warmup-epochs {knobs['warmup_epochs']}: give less than --epochs {knobs['epochs']}")
         knobs["warmup_epochs"] = knobs["epochs"] // 10  # a run shorter than the default warm-up
-    together = knobs["batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # of a step's batches, one a process
-    knobs["lr"] = knobs["lr"] or 0.075 * (math.sqrt(together) if knobs["lr_scaling"] == "sqrt" else together / 256)
+    together = knobs["batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # of a step: a batch a process
+    scale = math.sqrt(together) if knobs["lr_scaling"] == "sqrt" else together / 256
+    knobs["lr"] = knobs["lr"] or 0.075 * scale
     if knobs["dataset"] == "folder":  # 256 for 224, as is usual
         knobs["source_size"] = knobs["source_size"] or -(-knobs["image_size"] * 8 // 7)
     knobs["out_dir"] = knobs["out_dir"] or "runs/{dataset}-{sampler}-{objective}-seed{seed}".format(**knobs)
     return knobs
 
 
-# ------------------------------------------------------------------------------------------------------ one step
+# ------------------------------------------------------------------------------------------------ one step
 class Step:
-    """One training step, augment -> model -> objective -> LARS: called eagerly or, on CUDA, replayed as one graph.
+    """One training step, augment -> model -> objective -> LARS: eager or, on CUDA, replayed as one graph.
 
-    knobs: as settle gives them.  images: uint8 [N, 3, H, W], on the device where they fit.  see(rows, z1, z2) is
-    given the projections [B, D] of each step.  What changes from step to step stands in tensors that are written
-    before it, so that a graph holds nothing of the past.
+    knobs: as settle gives them.  images: uint8 [N, 3, H, W], on the device where they fit.  see(rows, z1, z2)
+    is given the projections [B, D] of each step.  What changes from step to step stands in tensors that are
+    written before it, so that a graph holds nothing of the past.
     """
 
     def __init__(self, knobs: dict, images: Tensor, device: torch.device, see=None):
@@ -154,25 +154,27 @@ class Step:
         self.images, self.device, self.see, self.graph, self.done = images, device, see, None, 0
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         self.model = ContrastiveModel(knobs["small_stem"]).to(device, memory_format=torch.channels_last)
-        mean, std = data.STATISTICS[knobs["dataset"]]
         self.network, view = self.model, augment
         self.graphed = device.type == "cuda" and self.processes == 1 and knobs["step"] != "eager"
         if knobs["step"] == "compile":
             self.network, view = (torch.compile(x, dynamic=False) for x in (self.model, augment))
-        self.augment = functools.partial(view, size=knobs["image_size"], crop_scale=(knobs["crop_scale"], 1.0),
-                                         jitter=knobs["jitter"], mean=mean, std=std)
+        mean, std = data.STATISTICS[knobs["dataset"]]
+        look = {"size": knobs["image_size"], "jitter": knobs["jitter"], "mean": mean, "std": std}
+        self.augment = functools.partial(view, crop_scale=(knobs["crop_scale"], 1.0), **look)
+        self.views = functools.partial(views_of, crop_scale=knobs["crop_scale"], device=device, **look)
         if self.processes > 1:  # buffers are rank 0's where they count: in eval mode, and in a checkpoint
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
-        temperature = knobs["temperature"]
-        self.sogclr = SogCLRLoss(len(images) if knobs["objective"] == "sogclr" else 0, temperature, knobs["gamma"]).to(device)
+        temperature, estimates = knobs["temperature"], len(images) if knobs["objective"] == "sogclr" else 0
+        self.sogclr = SogCLRLoss(estimates, temperature, knobs["gamma"]).to(device)
         self.objective = {
             "simclr": lambda z1, z2, rows: nt_xent(z1, z2, temperature),
             "dcl": lambda z1, z2, rows: dcl(z1, z2, temperature),
             "hcl": lambda z1, z2, rows: hcl(z1, z2, temperature, knobs["tau_plus"], knobs["beta"]),
             "sogclr": self.sogclr}[knobs["objective"]]
-        self.rows = torch.zeros(knobs["batch_size"], dtype=torch.int64, device=device)
-        self.pictures = torch.zeros(knobs["batch_size"], *images.shape[1:], dtype=torch.uint8, device=device)
-        self.uniform = torch.zeros(2 * knobs["batch_size"], NUM_UNIFORM, device=device)
+        batch = knobs["batch_size"]
+        self.rows = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.pictures = torch.zeros(batch, *images.shape[1:], dtype=torch.uint8, device=device)
+        self.uniform = torch.zeros(2 * batch, NUM_UNIFORM, device=device)
         self.lr, self.losses = torch.zeros((), device=device), torch.zeros(knobs["log_every"], device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the next loss
         self.optimizer = LARS(self.model.parameters(), self.lr, *(
@@ -182,7 +184,7 @@ class Step:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def __call__(self, rows: Tensor, uniform: Tensor, lr: float) -> None:
-        """One step on the images `rows` [B] int64; uniform [2B, NUM_UNIFORM]: all that is random in their views."""
+        """One step on the images `rows` [B] int64; uniform [2B, NUM_UNIFORM]: all that is random in it."""
         def put(target: Tensor, value: Tensor) -> None:  # only a pinned copy does not wait for the device
             target.copy_(value.pin_memory() if self.device.type == "cuda" else value, non_blocking=True)
         put(self.rows, rows)
@@ -202,7 +204,7 @@ class Step:
     def run(self) -> None:
         """All that a graph holds."""
         views = self.augment(self.pictures.repeat(2, 1, 1, 1), source=self.uniform)
-        with self.autocast():  # each view apart: batch norm's statistics are over B images, as in the authors' code
+        with self.autocast():  # each view apart: batch norm sees B images, as in the authors' code
             z1, z2 = (self.network(x.contiguous(memory_format=torch.channels_last)) for x in views.chunk(2))
         loss = self.objective(z1, z2, self.rows)
         if self.see:
@@ -219,10 +221,15 @@ class Step:
     def read_losses(self) -> list[float]:
         """The losses of the steps since the last call, means over the processes. Waits for the device."""
         losses = self.losses[:self.place]
-        if self.processes > 1:
+        if self.processes > 1 and len(losses):
             dist.all_reduce(losses)
         self.place.zero_()
         return (losses / self.processes).tolist()
+
+    def share_buffers(self) -> None:
+        """All processes, which embed, get the running statistics of the first, which saves."""
+        for buffer in self.model.buffers() if self.processes > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -235,7 +242,7 @@ class Step:
         self.sogclr.load_state_dict(state["sogclr"])
 
 
-# ------------------------------------------------------------------------------------------------------ the set-up
+# ------------------------------------------------------------------------------------------------ the set-up
 def start_process(name: str) -> tuple[int, int, torch.device]:
     """Rank and number of the processes that torchrun started, or 0 and 1, and the device."""
     rank, processes = (int(os.environ.get(x, default)) for x, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -251,8 +258,8 @@ def start_process(name: str) -> tuple[int, int, torch.device]:
     return rank, processes, device
 
 
-def load_images(knobs: dict, device: torch.device) -> tuple[Tensor, Tensor, str]:
-    """Training and validation images, uint8 [N, 3, H, W], on the device where they fit; a digest of the former."""
+def load_images(knobs: dict, device: torch.device, processes: int) -> tuple[Tensor, Tensor, str]:
+    """Training and validation images, uint8 [N, 3, H, W], on the device if they fit; the former's digest."""
     load = functools.partial(data.load, knobs["dataset"], data_dir=knobs["data_dir"],
                              source_size=knobs["source_size"], skip_broken=knobs["skip_broken"])
     try:
@@ -263,82 +270,68 @@ def load_images(knobs: dict, device: torch.device) -> tuple[Tensor, Tensor, str]
     except (ValueError, OSError) as error:
         raise Stop(str(error)) from None
     except MemoryError:
-        raise Stop("the data do not fit into memory while they are made: give a smaller --limit or --source-size"
-                   ) from None
+        raise Stop("no memory to make the data in: give a smaller --limit or --source-size") from None
     if knobs["limit"] and knobs["limit"] < len(images):
         rows = data.limit_indices(labels, knobs["limit"])
         images, labels = images[rows], labels[rows]
     val_images = val_images[data.limit_indices(val_labels, min(VALIDATION_IMAGES, len(val_images)))]
     digest = data.fingerprint(images, labels)
     n, b, k = len(images), knobs["batch_size"], knobs["k"]
-    if b > n:
+    if b * processes > n:
         raise Stop(f"--batch-size {b} is more than the {n:,} training images: give "
-                   + (f"--batch-size at most {n}" if n > 1 else "more images"))
+                   + (f"--batch-size at most {n // processes}" if n > processes else "more images"))
     if k and k * b > n and knobs["sampler"] != "osgd-replacement":  # which draws each batch from all images
-        raise Stop(f"--k {k} batches of {b} need {k * b:,} images, there are {n:,}: give --k at most {n // b}")
+        raise Stop(f"--k {k} batches of {b} need {k * b:,} images of {n:,}: give --k at most {n // b}")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
         images, val_images = images.to(device), val_images.to(device)
     return images, val_images, digest
 
 
-def embed_images(step: Step, knobs: dict, pictures: Tensor, rows: Tensor, generator: torch.Generator,
-                 on_chunk=None) -> tuple[Tensor, Tensor]:
-    """Projections u, v [m, D] of two fresh views of pictures[rows], with the weights of the moment."""
-    views = views_of(pictures, generator, knobs["image_size"], knobs["crop_scale"], knobs["jitter"],
-                     *data.STATISTICS[knobs["dataset"]], step.device)
+def embed_images(step: Step, images: Tensor, rows: Tensor, chunk: int,
+                 generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Projections u, v [m, D] of two fresh views of images[rows [m]], with the weights of the moment."""
     with step.autocast():
-        u, v = embed(step.model, views, rows, on_chunk=on_chunk)
+        u, v = embed(step.model, step.views(images, generator), rows, chunk)
     if not (u.isfinite().all() and v.isfinite().all()):
-        raise Stop("the embeddings are not finite: try a lower --lr, a higher --temperature or more --warmup-epochs",
-                   code=1)
+        raise Stop("the embeddings are not finite: try a lower --lr, a higher --temperature or more "
+                   "--warmup-epochs", code=1)
     return u, v
 
 
-def save(folder: Path, rank: int, settings: dict, step: Step, sampler: ContrastiveBatchSampler, state: dict,
-         embedding: torch.Generator, augmenting: torch.Generator) -> None:
-    if rank == 0:  # what all processes hold alike
-        buffer = io.BytesIO()
-        torch.save({"settings": settings, **step.state_dict(), "sampler": sampler.state_dict(), "journal": state,
-                    "embedding": embedding.get_state(), "augmenting": augmenting.get_state()}, buffer)
-        write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
+def go_on(processes: int) -> str:
+    """The command that resumes this run."""
+    words = [sys.executable]
+    if processes > 1:
+        words = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(processes))]
+    return shlex.join([*words, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
 
 
-def agreed(caught: bool, device: torch.device) -> bool:
-    """Whether a signal was caught by any of the processes."""
-    if not dist.is_initialized():
-        return caught
-    dist.all_reduce(flag := torch.tensor(int(caught), device=device))
-    return bool(flag)
-
-
-def make_sampler(knobs: dict, n: int, embed_rows, device: torch.device, rank: int,
-                 processes: int) -> ContrastiveBatchSampler:
-    return ContrastiveBatchSampler(
-        n, knobs["batch_size"], **SAMPLERS[knobs["sampler"]], k=knobs["k"], q=knobs["q"], lowest=knobs["lowest"],
-        temperature=knobs["temperature"], loss="dcl" if knobs["objective"] == "dcl" else "nt_xent",
-        seed=knobs["seed"], random_epochs=knobs["select_after"],
-        embed=None if knobs["embeddings"] == "free" else embed_rows, at_once=knobs["embeddings"] == "list",
-        ahead=device.type == "cuda", rank=rank, world_size=processes)
-
-
-# ------------------------------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------------------------ the run
 def train(knobs: dict) -> None:
     folder = free_folder(knobs["out_dir"], knobs["resume"])
     rank, processes, device = start_process(knobs["device"])
-    images, val_images, digest = load_images(knobs, device)
+    images, val_images, digest = load_images(knobs, device, processes)
     n, b = len(images), knobs["batch_size"]
-    journal = Journal(folder, knobs, device, n, n // b // processes, rank)
-    state, caught, stop = journal.state, [], False
+    journal, caught, cuda = Journal(folder, knobs, device, n, rank, processes), [], device.type == "cuda"
+    state, warmup_steps = journal.state, knobs["warmup_epochs"] * journal.epoch_steps
+    # So few at a time that they fit into caches, and that something can be told every few seconds.
+    chunk = 1024 if cuda else min(256, max(16, 2**20 // knobs["image_size"] ** 2))
     # Apart from each other and from the sampler's, so that what is chosen does not change the training views.
     embedding, augmenting = (torch.Generator().manual_seed(2 * knobs["seed"] + i) for i in range(2))
 
     def embed_rows(rows: Tensor) -> tuple[Tensor, Tensor]:  # of a window, one call after another
-        if caught and processes == 1:
+        if agreed(bool(caught), device):
             raise KeyboardInterrupt
-        tick(len(rows) * processes)
-        return embed_images(step, knobs, images, rows, embedding)
+        uv = embed_images(step, images, rows, chunk, embedding)
+        journal.embedding(len(rows) * processes)
+        return uv
 
-    sampler = make_sampler(knobs, n, embed_rows, device, rank, processes)
+    sampler = ContrastiveBatchSampler(
+        n, b, **SAMPLERS[knobs["sampler"]], k=knobs["k"], q=knobs["q"], lowest=knobs["lowest"],
+        temperature=knobs["temperature"], loss="dcl" if knobs["objective"] == "dcl" else "nt_xent",
+        seed=knobs["seed"], random_epochs=knobs["select_after"], embed_size=chunk, ahead=cuda,
+        embed=None if knobs["embeddings"] == "free" else embed_rows, at_once=knobs["embeddings"] == "list",
+        rank=rank, world_size=processes)
     step = Step(knobs, images, device, sampler.update if knobs["embeddings"] == "free" else None)
     settings = {name: value for name, value in knobs.items() if name not in FREE_ON_RESUME}
     settings |= {"images": n, "digest": digest, "processes": processes}
@@ -352,23 +345,33 @@ def train(knobs: dict) -> None:
         augmenting.set_state(saved["augmenting"])
         state |= saved["journal"]
         if state["step"] >= journal.last_step and (folder / "result.json").exists():
-            return journal.say(f"{folder} is finished: step {state['step']}")
+            journal.say(f"{folder} is finished: step {state['step']}")
+            return
         record = journal.resumed(record)
 
+    def save() -> None:
+        if rank == 0:  # all processes hold the same
+            write_checkpoint(folder, {
+                "settings": settings, **step.state_dict(), "sampler": sampler.state_dict(), "journal": state,
+                "embedding": embedding.get_state(), "augmenting": augmenting.get_state()})
+
     with signals_caught(caught), locked(folder, rank), journal.open(record):
-        journal.say(f"{n:,} images, {journal.epoch_steps} steps an epoch, {journal.total_steps:,} steps on {device}"
-                    + f", {processes} processes at a peak of {knobs['lr']:.3g}" * (processes > 1) + f"; {folder}")
-        batches, saved_at, lr = iter(sampler), time.perf_counter(), 0.0
+        together = f", {processes} processes, peak learning rate {knobs['lr']:.3g}" * (processes > 1)
+        journal.say(f"{n:,} images, {journal.epoch_steps} steps an epoch, {journal.total_steps:,} steps on "
+                    f"{device}{together}; {folder}")
+        if state["step"] == 0:
+            journal.pairs(step.views(images, torch.Generator())(torch.arange(min(b, 8)).repeat(2)))
+        batches, saved_at, lr, stop = iter(sampler), time.perf_counter(), 0.0, False
         while state["step"] < journal.last_step and not stop:
 
             # choose
             if chooses := len(sampler.pending) < processes:
-                journal.tick("seconds_training")
+                step.share_buffers()
                 before = embedding.get_state()
-                tick = progress("embedding to select", n if sampler.at_once else min(n, sampler.k * b), "images", True)
+                journal.selecting(n if sampler.at_once else min(n, sampler.k * b))
             try:
                 rows = next(batches, None)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # of embed_rows
                 embedding.set_state(before)
                 stop = True
                 break
@@ -380,29 +383,41 @@ def train(knobs: dict) -> None:
                 journal.tick("seconds_selecting")
 
             # step
-            lr = warmup_cosine(state["step"], journal.total_steps, knobs["warmup_epochs"] * journal.epoch_steps,
-                               knobs["lr"])
-            step(torch.tensor(rows), torch.rand(processes, 2 * b, NUM_UNIFORM, generator=augmenting)[rank], lr)
+            lr = warmup_cosine(state["step"], journal.total_steps, warmup_steps, knobs["lr"])
+            uniform = torch.rand(processes, 2 * b, NUM_UNIFORM, generator=augmenting)[rank]
+            step(torch.tensor(rows), uniform, lr)
             state["step"] += 1
 
             # log, save
-            if journal.due or caught and processes == 1:
+            due = journal.due
+            stop = (due or not cuda) and agreed(bool(caught), device)  # to ask is to wait for a GPU
+            if due or stop:
                 journal.report(step.read_losses(), lr)
-                stop = agreed(bool(caught), device)
                 if journal.epoch_ends and rank == 0:
-                    u, v = embed_images(step, knobs, val_images, torch.arange(len(val_images)),
-                                        torch.Generator().manual_seed(0))  # the same views in every run
+                    same_views = torch.Generator().manual_seed(0)  # in every run
+                    u, v = embed_images(step, val_images, torch.arange(len(val_images)), chunk, same_views)
                     journal.epoch(retrieval_metrics(u, v), len(val_images))
                 if journal.epoch_ends or time.perf_counter() - saved_at > 60 * knobs["checkpoint_minutes"]:
-                    save(folder, rank, settings, step, sampler, state, embedding, augmenting)
+                    save()
                     saved_at = time.perf_counter()
                 journal.tick()
         if stop:
             journal.report(step.read_losses(), lr)  # nothing that has diverged is saved
-            save(folder, rank, settings, step, sampler, state, embedding, augmenting)
-            command = shlex.join([sys.executable, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
-            raise Stop(f"\nsaved at step {state['step']}; go on with: {command}", code=128 + (caught or [15])[0])
+            save()
+            if processes > 1:
+                dist.barrier()  # torchrun ends all of them when one has ended
+            raise Stop(f"\nsaved at step {state['step']}; go on with: {go_on(processes)}",
+                       code=128 + (caught or [15])[0])
+
+
+def main(argv: list[str]) -> None:
+    try:
+        train(settle(argv))
+    except Stop as stop:
+        if int(os.environ.get("RANK", 0)) and stop.code == 2:
+            time.sleep(5)  # the first process says the same, and torchrun then ends this one
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda argv: train(settle(argv)), "train.py"))
+    sys.exit(run(main, "train.py"))

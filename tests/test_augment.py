@@ -90,7 +90,8 @@ def test_each_operation_matches_torchvision_and_does_something(name, size):
 
 
 def crop_by_hand(u: list[float], height: int, width: int, low: float, high: float) -> list[int]:
-    """torchvision's RandomResizedCrop.get_params, its draws replaced by the uniform numbers `u` of one sample."""
+    """torchvision's RandomResizedCrop.get_params, its draws replaced by the uniform numbers `u` of one
+    sample."""
     for area, ratio in zip(u[:10], u[10:20]):
         area = height * width * (low + (high - low) * area)
         ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)

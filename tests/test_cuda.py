@@ -1,4 +1,5 @@
-"""What only a GPU can show: the captured step, selection and evaluation there.  Run: python -m pytest tests/test_cuda.py
+"""What only a GPU can show: the captured step, selection and evaluation there.  Run: python -m pytest
+tests/test_cuda.py
 
 Without a CUDA GPU all of it skips; tests/test_step.py holds on the CPU what can be held there.
 """

@@ -1,4 +1,5 @@
-"""The training step without a GPU: what a CUDA graph would freeze, and what would wait.  Run: pytest tests/test_step.py"""
+"""The training step without a GPU: what a CUDA graph would freeze, and what would wait.  Run: pytest
+tests/test_step.py"""
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
