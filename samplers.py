@@ -582,7 +582,7 @@ class ContrastiveBatchSampler(BatchSampler):
         self.ahead = bool(ahead) and embed is None and world_size == 1 and method != "osgd-replacement"
         self.least = k * B if method == "osgd" else B  # samples in a window
         self.uv = self.last = self.solved = None
-        self.given = deque(maxlen=1024)  # the last steps: epoch, step, batches
+        self.given = deque(maxlen=1024)  # the iteration's last steps: epoch, step, batches
         with torch.inference_mode(False):  # what is made inside it could not be written to in training
             self.seen = torch.zeros(n, dtype=torch.bool)
         self.generator = torch.Generator()
@@ -611,6 +611,7 @@ class ContrastiveBatchSampler(BatchSampler):
         if self.step and not self.loaded:  # the last iteration was broken off
             self._begin(self.epoch + 1)
         self.loaded = False
+        self.given.clear()
         for _ in range(len(self) - self.step):
             while len(self.pending) < self.world_size:  # so all processes choose at the same step
                 self.pending += self._choose()

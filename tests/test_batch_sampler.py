@@ -1,29 +1,24 @@
-"""Tests of ContrastiveBatchSampler and of the README's recipes, which run as they stand there.
+"""Tests of ContrastiveBatchSampler: epochs, what is chosen, settings, bad input.
 
-    python -m pytest test_batch_sampler.py
+    python -m pytest tests/test_batch_sampler.py
 """
 import functools
 import io
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from samplers import ContrastiveBatchSampler, batch_losses
-from test_samplers import clustered, refused
-
-HERE = Path(__file__).parents[1]
-SOURCE, RECIPES = (HERE.joinpath(name).read_text() for name in ("samplers.py", "README.md"))
+from samplers import ContrastiveBatchSampler, batch_losses, osgd_batches_with_replacement, spectral_batches
+from test_samplers import clustered, refused, seeded
 
 # Twelve clusters of 20 samples each, in two views; 8 in a batch.
 N, B = 240, 8
 U, V, LABEL = clustered(12, 20, 0.5)
+make = functools.partial(ContrastiveBatchSampler, N, B)
 
 
 def lookup(rows):
@@ -38,23 +33,42 @@ def flat(batches) -> list:
     return sorted(row for batch in batches for row in batch)
 
 
-def train(sampler, epochs: int = 1) -> list:
-    """The batches of whole epochs, with an update after each, as [epochs, m, B]."""
+def shuffled(u, v, batch_size, k, temperature, generator):  # a method of one's own
+    return torch.randperm(len(u), generator=generator).view(k, batch_size)[u[:k, 0].argsort()[:-1]]
+
+
+METHODS = {"spectral": {"k": 10}, "osgd": {"k": 7, "q": 3}, shuffled: {"k": 10}, "random": {},
+           "osgd-replacement": {"k": 35, "q": 4}}
+methods = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+def train(sampler, steps: int) -> list:
+    """The batches of so many steps, with an update after each that differs from step to step."""
     out = []
-    for _ in range(epochs):
-        out.append([])
+    while len(out) < steps:
         for rows in sampler:
-            out[-1].append(rows)
-            sampler.update(rows, U[rows], V[rows])
+            out.append(rows)
+            if sampler.embed is None:
+                noise = torch.randn(2, B, 32, generator=seeded(sum(rows)), dtype=torch.float32) / 4
+                u, v = lookup(torch.tensor(rows) % N)
+                sampler.update(rows, u + noise[0], v + noise[1])
+            if len(out) == steps:
+                break
     return out
 
 
-# ---------------------------------------------------------------------------- batches, epochs, seeds
+def saved(sampler, **words):
+    torch.save(sampler.state_dict(**words), file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
+
+# ---------------------------------------------------------------------------- batches, epochs, seeds
+@pytest.mark.parametrize("method", ["spectral", "random"])
 @pytest.mark.parametrize("n", [240, 247])
 @pytest.mark.parametrize("embed", [None, lambda rows: (U[rows % N], V[rows % N])])
-def test_an_epoch_is_a_partition(n, embed):
-    sampler = ContrastiveBatchSampler(n, B, k=7, embed=embed)  # 30 batches: four windows of 7 and one of 2
+def test_an_epoch_is_a_partition(n, embed, method):
+    sampler = ContrastiveBatchSampler(n, B, method, k=7, embed=embed)  # 30 batches: four windows and 2
     epochs = [list(sampler) for _ in range(3)]
     for batches in epochs:
         assert len(batches) == len(sampler) == 30 and all(len(b) == B for b in batches)
@@ -64,68 +78,112 @@ def test_an_epoch_is_a_partition(n, embed):
     assert n == 240 or set(flat(epochs[0])) != set(flat(epochs[1]))  # the samples left out vary
 
 
-@pytest.mark.parametrize("method", ["spectral", "osgd"])
+@methods
 def test_seed_and_epoch_decide(method):
-    def epochs(seed, count=3):
-        sampler = ContrastiveBatchSampler(N, B, method, k=10, seed=seed, embed=lookup)
-        return [list(sampler) for _ in range(count)]
-    first = epochs(0)
-    assert first == epochs(0) and first[0] != epochs(1)[0] and first[1] != epochs(1)[0]
-    sampler = ContrastiveBatchSampler(N, B, method, k=10, embed=lookup)
-    for epoch in (2, 0, 1, 1):  # in any order, also a second time
-        sampler.set_epoch(epoch)
-        assert list(sampler) == first[epoch]
-    assert list(sampler) == first[2]  # and on from there
-    sampler.set_epoch(1)
-    next(iter(sampler))  # one that was broken off counts
-    assert list(sampler) == first[2]
     state = torch.get_rng_state()
-    list(sampler)
+    build = functools.partial(make, method, embed=lookup, **METHODS[method])
+    first, again, other = (train(build(seed=x), 90) for x in (0, 0, 1))
+    assert first == again and len({str(x) for x in (first[:30], first[30:60], other[:30])}) == 3
+    if method not in ("osgd", "osgd-replacement"):  # whose windows go on in the next epoch
+        sampler = build()
+        for epoch in (2, 0, 1, 1):  # in any order, also a second time
+            sampler.set_epoch(epoch)
+            assert list(sampler) == first[30 * epoch:30 * epoch + 30]
     assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from torch's global generator
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_with_dataloader(workers):
-    data = TensorDataset(torch.arange(N), LABEL)
-    sampler = ContrastiveBatchSampler(N, B, embed=lookup, k=10)
-    expected = list(sampler)
-    sampler.set_epoch(0)
-    loader = DataLoader(data, batch_sampler=sampler, num_workers=workers)
-    assert len(loader) == 30
-    epochs = [list(loader) for _ in range(2)]
-    assert [rows.tolist() for rows, _ in epochs[0]] == expected
-    assert [rows.tolist() for rows, _ in epochs[1]] != expected
-    assert all(torch.equal(label, LABEL[rows]) for rows, label in epochs[1])
+def passed(sampler, loader, how: str, steps: int = 5) -> list:
+    if how == "next":
+        batches = iter(loader)
+        return [next(batches) for _ in range(steps)]
+    if how == "islice":
+        return list(itertools.islice(loader, steps))
+    out = []
+    for batch in loader:
+        out.append(batch)
+        if len(out) == steps:
+            break
+    return out
 
 
-# ---------------------------------------------------------------------------- hardness
+@pytest.mark.parametrize("workers", [None, 0, 2])
+@pytest.mark.parametrize("how", ["next", "islice", "break"])
+def test_a_new_iteration_gives_the_next_epoch(how, workers):
+    whole = train(make(k=10, embed=lookup), 120)
+    for steps in 5, 30:
+        sampler = make(k=10, embed=lookup)
+        loader = sampler
+        if workers is not None:
+            loader = DataLoader(torch.arange(N), batch_sampler=sampler, num_workers=workers)
+            assert len(loader) == 30
+        for epoch in (0, 1, 2, 3) if workers != 2 else (0, 1):
+            batches = [torch.as_tensor(x).tolist() for x in passed(sampler, loader, how, steps)]
+            assert batches == whole[30 * epoch:30 * epoch + steps]
+        sampler.set_epoch(1)
+        assert torch.as_tensor(next(iter(loader))).tolist() == whole[30]
 
+
+def test_passes_broken_off_see_as_many_samples_as_a_shuffled_loader():
+    sampler, u = ContrastiveBatchSampler(256, B, k=10), torch.randn(256, 8, generator=seeded())
+    loader = DataLoader(torch.arange(256), B, shuffle=True, generator=seeded())
+    seen = [set(), set()]
+    for _, (i, batches) in itertools.product(range(4), enumerate((sampler, loader))):
+        for rows in itertools.islice(batches, 5):
+            seen[i] |= {int(row) for row in rows}
+            sampler.update(torch.as_tensor(rows), u[rows], u[rows])
+    assert len(seen[0]) >= 0.9 * len(seen[1])
+
+
+def test_a_loaded_position_and_a_set_epoch_hold_once():
+    whole, sampler = train(make(k=10), 120), make(k=10)
+    train(sampler, 47)
+    state, again = saved(sampler), make(k=10)
+    for _ in range(2):
+        again.load_state_dict(state)
+        again.set_epoch(1)  # as trainers do before each epoch
+        assert train(again, 13) == whole[47:60] and again.epoch == 2
+    again.load_state_dict(state)
+    again.set_epoch(2)
+    assert len(list(again)) == 30 and again.epoch == 3
+    again.load_state_dict(state)
+    next(iter(again))
+    assert len(list(again)) == 30 and again.epoch == 3  # its epoch, 1, was broken off
+
+
+# ---------------------------------------------------------------------------- what is chosen
 def test_embeddings_make_batches_hard():
-    random = hardness(list(ContrastiveBatchSampler(N, B)))
-    hard = hardness(list(ContrastiveBatchSampler(N, B, embed=lookup)))
-    plain = hardness(list(ContrastiveBatchSampler(N, B, refine=False, embed=lookup)))
-    highest = hardness(list(ContrastiveBatchSampler(N, B, "osgd", embed=lookup, q=1, k=30)))
-    lowest = hardness(list(ContrastiveBatchSampler(N, B, "osgd", embed=lookup, q=1, k=30, lowest=True)))
+    random = hardness(list(make()))
+    hard, plain = (hardness(list(make(refine=x, embed=lookup))) for x in (True, False))
+    highest, lowest = (hardness(list(make("osgd", embed=lookup, q=1, k=30, lowest=x))) for x in (False, True))
     assert hard > plain > random + 0.5 and highest > random + 0.15 and lowest < random - 0.15
+    assert abs(hardness(list(make("random", embed=lookup))) - random) < 0.1
 
 
-@pytest.mark.parametrize("method", ["spectral", "osgd"])
-def test_temperature_decides(method):
-    first, second = (list(ContrastiveBatchSampler(N, B, method, temperature=t, embed=lookup)) for t in (0.1, 1.0))
-    assert first != second
+@pytest.mark.parametrize("method", ["spectral", "osgd", "osgd-replacement"])
+def test_temperature_and_loss_decide(method):
+    first, *others = (list(make(method, embed=lookup, **words)) for words in (
+        {}, {"temperature": 1.0}, *[{"loss": "dcl", "temperature": 1.0}] * (method != "spectral")))
+    assert all(first != x for x in others) and others[0] != others[-1:] and len(first) == 30
 
 
-def test_osgd_takes_the_hardest_of_each_k_in_an_epoch_of_n_over_B():
-    sampler = ContrastiveBatchSampler(N, B, "osgd", k=12, q=5, embed=lookup)
+def test_osgd_takes_the_hardest_of_each_k_and_goes_on_in_the_next_epoch():
     asked = []
-    sampler.embed = lambda rows: asked.append(rows) or lookup(rows)
-    batches = list(sampler)
-    assert len(batches) == len(sampler) == 30 and len(asked) == 6  # three permutations of two groups and 6 batches
+    sampler = make("osgd", k=12, q=4, embed=lambda rows: asked.append(rows) or lookup(rows))
+    batches = [*sampler, *sampler]
+    assert len(batches) == 60 and len(asked) == 15  # seven permutations, and half a one
     for group, rows in enumerate(asked):
         losses = batch_losses(U, V, rows.view(12, B))
-        assert batches[5 * group:5 * group + 5] == rows.view(12, B)[losses.argsort()[-5:]].tolist()
-    for first, second in zip(asked[::2], asked[1::2]):
-        assert len(set(first.tolist() + second.tolist())) == 24 * B
+        assert batches[4 * group:4 * group + 4] == rows.view(12, B)[losses.argsort()[-4:]].tolist()
+    assert all(len({*a.tolist(), *b.tolist()}) == 24 * B for a, b in zip(asked[::2], asked[1::2]))
+
+
+def test_osgd_with_replacement_draws_from_all_samples():
+    g = seeded(5 * 1_000_003)
+    torch.randperm(N, generator=g)
+    expected = [osgd_batches_with_replacement(U, V, B, 35, 4, generator=g).tolist() for _ in range(8)]
+    assert list(make("osgd-replacement", k=35, q=4, seed=5, embed=lookup)) == sum(expected, [])[:30]
+    free = train(make("osgd-replacement", k=35, q=4), 60)
+    assert flat(free[:30]) == list(range(N)) and hardness(free[30:]) > hardness(free[:30]) + 0.1
 
 
 def test_windows_are_embedded_in_their_turn():
@@ -134,218 +192,197 @@ def test_windows_are_embedded_in_their_turn():
     def embed(rows):
         assert not torch.is_grad_enabled() and rows.dtype == torch.int64
         asked.append(rows.tolist())
-        return lookup(rows)
-    sampler = ContrastiveBatchSampler(N, B, window=83, embed=embed)  # k = 10
+        return lookup(rows % N)
     given = []
-    for step, rows in enumerate(sampler):
+    for step, rows in enumerate(make(k=10, embed=embed)):
         assert len(asked) == step // 10 + 1  # and not a batch before
         given.append(rows)
     assert [sorted(x) for x in asked] == [flat(given[s:s + 10]) for s in (0, 10, 20)]
-    asked.clear()  # a large window in several calls
-    ContrastiveBatchSampler(2000, B, k=100, embed=lambda rows: embed(rows % N))._choose()
-    assert [len(x) for x in asked] == [256, 256, 256, 32]
+    for words, sizes in ({}, [256, 256, 256, 32]), ({"embed_size": 700}, [700, 100]):
+        asked.clear()  # a large window in several calls
+        next(iter(ContrastiveBatchSampler(2000, B, k=100, embed=embed, **words)))
+        assert [len(x) for x in asked] == sizes
+
+
+@pytest.mark.parametrize("method, draws", [
+    ("spectral", 2), ("osgd", 5), ("osgd-replacement", 2), ("random", 0)])
+def test_at_once_embeds_all_samples_whenever_a_permutation_is_drawn(method, draws):
+    asked = []
+
+    def embed(rows):  # no permutation's as those of the last
+        asked.extend(rows.tolist())
+        return U[rows] + (len(asked) - 1) // N, V[rows]
+    sampler = make(method, embed=embed, at_once=True, embed_size=100, random_epochs=1, **METHODS[method])
+    list(sampler)
+    assert asked == []
+    epochs = train(sampler, 60)
+    assert asked == list(range(N)) * draws
+    for epoch in (1, 2) if method == "spectral" else ():
+        free = make(k=10)
+        free.update(torch.arange(N), U + epoch - 1, V)
+        free.set_epoch(epoch)
+        assert list(free) == epochs[30 * epoch - 30:30 * epoch]
+
+
+def test_a_function_as_method():
+    def hardest(u, v, batch_size, k, temperature, generator):
+        called.append((len(u), batch_size, k, temperature, generator.initial_seed()))
+        return spectral_batches(u, v, batch_size, k, temperature, generator, refine=True)
+    called = []
+    sampler = make(hardest, k=14, embed=lookup, temperature=0.2, seed=3)
+    assert list(sampler) == list(make(k=14, embed=lookup, temperature=0.2, seed=3))
+    assert called == [(k * B, B, k, 0.2, 3_000_009) for k in (14, 14, 2)]
+    assert flat(train(make(shuffled, k=30, embed=lookup), 30)) != list(range(N))  # 29 of each 30
+    sampler.method = functools.partial(hardest)
+    assert saved(sampler)["method"] == "partial"
+    for wrong, word in ((torch.zeros(0, B), "float32"), (torch.zeros(0, B).long(), "(0, 8)"), (None, "None"),
+                        (torch.zeros(3, 5).long(), "(3, 5)"), (torch.full((3, B), 300), "0 to 239")):
+        refused(lambda: list(make(lambda *a: wrong, k=30, embed=lookup)), word)
+
+
+def test_random_epochs_come_first():
+    asked = []
+    fresh = make(k=10, random_epochs=2, embed=lambda rows: asked.append(rows) or lookup(rows))
+    soft = train(fresh, 60)
+    assert asked == [] and flat(soft[:30]) == flat(soft[30:]) == list(range(N))
+    free = train(make(k=10, random_epochs=2), 90)
+    least = min(hardness(list(fresh)), hardness(free[60:]))
+    assert least > max(hardness(x) for x in (soft, free[:30], free[30:60])) + 0.4
+
+
+@methods
+def test_window_losses_are_those_of_the_window(method):
+    asked = []
+    sampler = make(method, loss="dcl", temperature=0.2, embed=lambda rows: asked.append(rows) or lookup(rows),
+                   **METHODS[method])
+    k, q = sampler.k, {"osgd": 3, "osgd-replacement": 4, shuffled: 9}.get(method, 10)
+    for step, rows in zip(range(2 * q), sampler):
+        window = sampler.window_losses()
+        if method == "random":
+            assert window is None
+            continue
+        assert window["chosen_rows"].shape == (q, B) and window["chosen_rows"][step % q].tolist() == rows
+        assert window["random_rows"].shape == (k, B)
+        assert set(window["random_rows"].flatten().tolist()) == set(asked[-1].tolist())
+        for name in "chosen", "random":
+            expected = batch_losses(U, V, window[name + "_rows"], 0.2, "dcl")
+            torch.testing.assert_close(window[name], expected)
+        assert method == shuffled or window["chosen"].mean() > window["random"].mean()
 
 
 def test_two_modalities():
     see, read = torch.nn.Linear(32, 6), torch.nn.Sequential(torch.nn.Linear(32, 9), torch.nn.Linear(9, 6))
-    sampler = ContrastiveBatchSampler(N, B, embed=lambda rows: (see(U[rows]), read(V[rows]).half()))
+    sampler = make(embed=lambda rows: (see(U[rows]), read(V[rows]).half()))
     with torch.no_grad():
-        losses = [batch_losses(see(U), read(V), torch.tensor(list(s))).mean() for s in (ContrastiveBatchSampler(N, B), sampler)]
+        losses = [batch_losses(see(U), read(V), torch.tensor(list(s))).mean() for s in (make(), sampler)]
     assert losses[1] > losses[0] + 0.1
 
 
 def test_exclude_may_be_a_list_an_array_or_a_tensor():
-    state = torch.get_rng_state()
-    batches = [list(ContrastiveBatchSampler(N, B, embed=lookup, exclude=x)) for x in (LABEL, LABEL.tolist(), LABEL.numpy())]
+    batches = [list(make(embed=lookup, exclude=x)) for x in (LABEL, LABEL.tolist(), LABEL.numpy())]
     assert batches[0] == batches[1] == batches[2]
-    plain = list(ContrastiveBatchSampler(N, B, embed=lookup))
+    plain = list(make(embed=lookup))
     alike = [sum(B - LABEL[rows].unique().numel() for rows in x) for x in (plain, batches[0])]
-    assert alike[0] > 100 and alike[1] == 0 and torch.equal(state, torch.get_rng_state())
+    assert alike[0] > 100 and alike[1] == 0
 
 
 # ---------------------------------------------------------------------------- free embeddings
-
 @pytest.mark.parametrize("method", ["spectral", "osgd"])
 def test_update_makes_later_epochs_hard(method):
     sampler = ContrastiveBatchSampler(N + 5, B, method, k=10)  # 5 samples are left out of the first epoch
-    order = []
-    for epoch in range(3):
-        order.append([])
-        for rows in sampler:
-            order[-1].append(rows)
-            sampler.update(torch.tensor(rows), U[torch.tensor(rows) % N].double().requires_grad_(), V[torch.tensor(rows) % N])
-    assert not sampler.uv.requires_grad and sampler.uv.dtype == torch.float32
+    order = [train(sampler, 30) for _ in range(3)]
     assert len(set(flat(order[0]))) == N  # a random partition, for either method
     unseen = set(range(N + 5)) - set(flat(order[0]))
     assert unseen <= set(order[1][0]) and sampler.seen.all()  # first of all, and in a single random batch
-    losses = [batch_losses(U, V, torch.tensor(batches) % N).mean() for batches in (order[0], order[1][1:], order[2])]
+    losses = [batch_losses(U, V, torch.tensor(x) % N).mean() for x in (order[0], order[1][1:], order[2])]
     assert min(losses[1:]) > losses[0] + (0.4 if method == "spectral" else 0.1)
 
 
-def test_update_beforehand_with_every_sample_is_as_embed():
-    sampler = ContrastiveBatchSampler(N, B, k=10)
-    sampler.update(torch.arange(N), U, V)
-    assert list(sampler) == list(ContrastiveBatchSampler(N, B, k=10, embed=lookup))
-
-
-def test_update_uses_what_was_stored_last():
-    sampler = ContrastiveBatchSampler(N, B)
-    sampler.update(torch.arange(N), torch.randn(N, 32), torch.randn(N, 32))
-    sampler.update(list(range(N)), U, V)
-    assert torch.equal(sampler.uv, torch.stack([U, V], 1))
+def test_update_stores_what_came_last_of_any_type_and_length():
+    expected = list(make(k=10, embed=lookup))
+    for u, v in ((U, V), (U.double().requires_grad_(), V), (1e200 * U.double(), V.double() / 1e200),
+                 (1e30 * U, V)):
+        sampler = make(k=10)
+        sampler.update(torch.arange(N), torch.randn(N, 32), torch.randn(N, 32))
+        sampler.update(list(range(N)), u, v)
+        assert sampler.uv.dtype == torch.float32 and not sampler.uv.requires_grad
+        batches = list(sampler)
+        assert batches == expected or abs(hardness(batches) - hardness(expected)) < 0.05 and u is not U
+    for dtype in torch.float16, torch.bfloat16:
+        sampler.update(torch.arange(N), U.to(dtype), V.to(dtype))
+        assert torch.equal(sampler.uv, torch.stack([U, V], 1).to(dtype).float())
 
 
 def test_update_on_a_device_reads_nothing_back():
-    sampler = ContrastiveBatchSampler(N, B)
+    sampler = make()
     with FakeTensorMode(allow_non_fake_inputs=True):
         indices = torch.zeros(2, dtype=torch.int64, device="cuda")
         for _ in range(2):
             sampler.update(indices, *torch.randn(2, 2, 16, device="cuda", dtype=torch.bfloat16))
-        assert sampler.uv.device.type == sampler.seen.device.type == "cuda" and sampler.uv.dtype == torch.float32
+        assert sampler.uv.device.type == sampler.seen.device.type == "cuda"
 
 
-# ---------------------------------------------------------------------------- processes
-
-@pytest.mark.parametrize("method", ["spectral", "osgd"])
-@pytest.mark.parametrize("world", [2, 3, 4])  # 30 batches in windows of 7
-def test_ranks_share_one_partition(world, method):
-    whole = list(ContrastiveBatchSampler(N, B, method, k=7, embed=lookup))
-    parts = [list(ContrastiveBatchSampler(N, B, method, k=7, embed=lookup, rank=r, world_size=world)) for r in range(world)]
-    assert [len(p) for p in parts] == [30 // world] * world
-    assert [b for step in zip(*parts) for b in step] == whole[:30 // world * world]
-
-
-def two_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    noise = torch.Generator().manual_seed(rank)  # no two processes embed exactly alike
-
-    def embed(rows):
-        return tuple(x[rows] + 0.5 * torch.randn(len(rows), 32, generator=noise) for x in (U, V))
-    fresh = list(ContrastiveBatchSampler(N, B, k=7, embed=embed, rank=rank, world_size=2))
-    sampler = ContrastiveBatchSampler(N, B, k=7, rank=rank, world_size=2)
-    free = train(sampler, 2)
-    assert torch.equal(sampler.uv, torch.stack([U, V], 1))  # of the other process's batches as well
-    torch.save((fresh, free), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes(tmp_path):
-    method = "fork" if sys.platform == "linux" else "spawn"  # without importing torch again, where that is safe
-    torch.multiprocessing.start_processes(two_processes, (str(tmp_path),), nprocs=2, start_method=method)
-    (fresh, free), (fresh1, free1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert flat(fresh + fresh1) == flat(free[0] + free1[0]) == flat(free[1] + free1[1]) == list(range(N))
-    assert hardness(free[1] + free1[1]) > hardness(free[0] + free1[0]) + 0.4
-
-
-# ---------------------------------------------------------------------------- resuming
-
-@pytest.mark.parametrize("method", ["spectral", "osgd"])
-@pytest.mark.parametrize("stop", [0, 7, 30, 60, 61, 70, 73, 89, 90])  # 30 steps an epoch, windows of 10
-def test_a_resumed_run_gives_exactly_the_rest(method, stop):
-    def run(sampler, steps, saved=None):
-        """Trains up to `steps` steps of four epochs; the batches and a saved state."""
-        batches = []
-        for epoch in range(sampler.epoch, 4):
-            sampler.set_epoch(epoch)
-            for rows in sampler:
-                batches.append(rows)
-                sampler.update(rows, *lookup([row % N for row in rows]))
-                if len(batches) == steps:
-                    break
-            if len(batches) == steps:
-                break
-        torch.save(sampler.state_dict(), saved := io.BytesIO())
-        saved.seek(0)
-        return batches, torch.load(saved)
-    make = functools.partial(ContrastiveBatchSampler, N + 5, B, method, k=10, seed=3)
-    whole, _ = run(make(), 120)
-    first, state = run(make(), stop) if stop else ([], make().state_dict())
-    again = make()
-    run(again, 40)  # whatever it did before
-    again.load_state_dict(state)
-    rest, _ = run(again, 120)
-    assert len(whole) == 120 and first + rest == whole and len(first) == stop
-
-
-def test_a_state_is_a_copy():
-    sampler = ContrastiveBatchSampler(N, B, k=10)
-    train(sampler)
-    batches = iter(sampler)
-    next(batches)
-    state = sampler.state_dict()
-    rest = list(batches)
-    sampler.update(torch.arange(N), V, U)
-    list(sampler)
-    for _ in range(2):
-        sampler.load_state_dict(state)
-        assert list(sampler) == rest
-    sampler.load_state_dict(state)
-    next(iter(sampler))
-    assert len(list(sampler)) == 30  # a loaded position holds once; then an epoch begins at its beginning
-    assert torch.equal(state["uv"], torch.stack([U, V], 1))
-    state["uv"] += 1  # nor does the sampler keep it
-    assert torch.equal(sampler.uv, torch.stack([U, V], 1))
-
-
-@pytest.mark.parametrize("at", [1, 2])
-def test_nothing_is_lost_where_embed_is_interrupted(at):
-    calls = []
-
-    def embed(rows):
-        calls.append(rows)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return lookup(rows)
-    sampler = ContrastiveBatchSampler(N, B, k=10, embed=embed)
-    with pytest.raises(KeyboardInterrupt):
-        list(sampler)
-    batches = list(ContrastiveBatchSampler(N, B, k=10, embed=lookup))
-    again = ContrastiveBatchSampler(N, B, k=10, embed=lookup)
-    again.load_state_dict(sampler.state_dict())
-    assert list(again) == batches[10 * (at - 1):]
+@methods
+@pytest.mark.parametrize("ahead", [False, True])
+def test_inference_mode_and_a_default_type_and_numpy_settings_change_nothing(method, ahead):
+    words = METHODS[method]
+    expected = train(make(method, seed=3, temperature=0.125, ahead=ahead, **words), 70)
+    numbers = {name: np.int64(x) for name, x in words.items()} | {"ahead": np.bool_(ahead)}
+    for before in torch.inference_mode(), torch.no_grad():
+        with before:
+            sampler = ContrastiveBatchSampler(
+                np.int64(N), np.int32(B), method, seed=np.int64(3), temperature=np.float32(0.125),
+                rank=np.int64(0), world_size=np.uint8(1), random_epochs=np.int64(0), embed_size=np.int16(9),
+                refine=np.bool_(True), lowest=np.bool_(False), **numbers)
+            sampler.set_epoch(np.int64(0))
+            rows = train(sampler, 40)
+            state = saved(sampler)  # what weights_only takes
+            sampler.load_state_dict(state)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert rows + train(sampler, 30) == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+    refused(lambda: make(ceiling=np.float64(0.9), method="random"), "ceiling")
+    assert saved(make(ceiling=np.float64(0.9)))["ceiling"] == 0.9
 
 
 # ---------------------------------------------------------------------------- bad input
-
 def test_bad_arguments_are_refused():
-    make = ContrastiveBatchSampler
-    for size in (1, 21):
-        refused(lambda: make(20, size), f"batch_size is {size} with 20 samples", "from 2 to 20")
-    for k in (0, 6):
-        refused(lambda: make(20, 4, k=k), f"k is {k} with 20 samples in batches of 4", "from 1 to 5")
-    for window in (3, 21):
-        refused(lambda: make(20, 4, window=window), f"window is {window}", "from 4 to 20")
-    refused(lambda: make(20, 4, window=10, k=3), "window is 10 and k 3", "give k, or a window")
-    assert make(20, 4, window=10, k=2).k == make(20, 4, window=10).k == 2 and make(20, 4).k == 5 and make(500, 4).k == 40
-    refused(lambda: make(20, 4, "hard"), "method is 'hard'", "'spectral'", "'osgd'")
-    refused(lambda: make(20, 4, q=2), "'spectral'", "q 2", "'osgd'")
-    refused(lambda: make(20, 4, lowest=True), "'spectral'", "lowest True", "'osgd'")
-    for q in (0, 6):
-        refused(lambda: make(20, 4, "osgd", q=q), f"q is {q} with k = 5", "from 1 to 5")
-    assert make(20, 4, "osgd").q == 1 and make(500, 4, "osgd").q == 4
-    refused(lambda: make(20, 4, temperature=0), "temperature is 0", "> 0")
-    refused(lambda: make(20., 4), "number of samples is 20.0", "an integer")
-    refused(lambda: make(20, 4, window=8.5), "window is 8.5", "an integer")
-    refused(lambda: make(20, 4, seed=None), "seed is None", "an integer")
-    refused(lambda: make(20, 4, loss="clip"), "loss is 'clip'", "'infonce'")
-    labels = torch.arange(20) // 2
-    refused(lambda: make(20, 4, exclude=labels[:7]), "exclude is (7,)", "for 20 samples", "one integer for each")
-    refused(lambda: make(20, 4, exclude=labels.view(10, 2)), "exclude is (10, 2)", "one integer for each")
-    refused(lambda: make(20, 4, exclude=labels.float()), "torch.float32", "one integer for each sample")
-    refused(lambda: make(20, 4, exclude=["cat"] * 20), "something else than numbers", "one integer for each", "return_inverse")
-    refused(lambda: make(1040, 8, k=130, exclude=torch.arange(1040)), "windows of 1040 samples", "at most 128")
-    refused(lambda: make(20, 4, exclude=labels, refine=False), "refine False", "refine=True")
-    for ceiling in (0, 1.5):
-        refused(lambda: make(20, 4, ceiling=ceiling), f"ceiling is {ceiling}", "0.999")
-    for wrong in ({"exclude": labels}, {"ceiling": 0.9}):
-        refused(lambda: make(20, 4, "osgd", **wrong), "'osgd'", "neither exclude nor ceiling", "'spectral'")
-    for rank, world in ((2, 2), (-1, 2), (0, 0), (0, 6)):
-        refused(lambda: make(20, 4, rank=rank, world_size=world), f"rank is {rank} and world_size {world}", "<= 5")
+    pairs = torch.arange(20) // 2
+    for words, *parts in [
+        *(({"batch_size": x}, f"batch_size is {x} with 20 samples", "from 2 to 20") for x in (1, 21)),
+        *(({"k": k}, f"k is {k} with 20 samples in batches of 4", "from 1 to 5") for k in (0, 6)),
+        ({"method": "osgd-replacement", "k": 0}, "k is 0", "1 or more"),
+        ({"method": "hard"}, "method is 'hard'", "'spectral'", "'osgd'"),
+        *(({"method": x, "q": 2}, f"'{x}', q 2", "'osgd'") for x in ("spectral", "random")),
+        ({"lowest": True}, "'spectral'", "lowest True", "'osgd'"),
+        *(({"method": "osgd", "q": q}, f"q is {q} with k = 5", "from 1 to 5") for q in (0, 6)),
+        ({"temperature": 0}, "temperature is 0", "> 0"),
+        ({"num_samples": 20.}, "number of samples is 20.0", "an integer"),
+        *(({name: 8.5}, f"{name} is 8.5", "an integer") for name in ("k", "seed", "embed_size")),
+        ({"seed": None}, "seed is None", "an integer"),
+        ({"embed_size": 0}, "embed_size is 0", "1 or more"),
+        ({"loss": "clip"}, "loss is 'clip'", "infonce"),
+        ({"at_once": True}, "at_once is given and embed is not"),
+        ({"exclude": pairs[:7]}, "exclude is (7,)", "for 20 samples", "one integer for each"),
+        ({"exclude": pairs.view(10, 2)}, "exclude is (10, 2)", "one integer for each"),
+        ({"exclude": pairs.float()}, "torch.float32", "one integer for each sample"),
+        ({"exclude": ["cat"] * 20}, "something else than numbers", "one integer for each", "return_inverse"),
+        ({"exclude": range(1040), "num_samples": 1040, "batch_size": 8, "k": 130}, "of 1040 sam", "most 128"),
+        ({"exclude": pairs, "refine": False}, "refine False", "refine=True"),
+        *(({"ceiling": x}, f"ceiling is {x}", "0.999") for x in (0, 1.5)),
+        *(({"method": x, "exclude": pairs}, repr(x), "neither exclude nor") for x in ("osgd", "random")),
+        *(({"rank": r, "world_size": w}, f"rank is {r} of {w}", "<= 5")
+          for r, w in ((2, 2), (-1, 2), (0, 0), (0, 6))),
+    ]:
+        refused(lambda: ContrastiveBatchSampler(**{"num_samples": 20, "batch_size": 4} | words), *parts)
+    assert [ContrastiveBatchSampler(n, 4).k for n in (20, 500)] == [5, 40]
+    assert [ContrastiveBatchSampler(n, 4, "osgd").q for n in (20, 500)] == [1, 4]
 
 
 def test_bad_embeddings_are_refused():
-    sampler = ContrastiveBatchSampler(N, B)
+    sampler = make()
     refused(lambda: sampler.update([1, 2], U[:2], V[:3]), "(2, 32)", "(3, 32)", "[n, d]")
     refused(lambda: sampler.update([1, 2, 3], U[:2], V[:2]), "indices is (3,) torch.int64", "(2, 32)")
     refused(lambda: sampler.update([1., 2.], U[:2], V[:2]), "torch.float32", "int64")
@@ -353,83 +390,14 @@ def test_bad_embeddings_are_refused():
         refused(lambda: sampler.update([wrong], U[:1], V[:1]), f"to {wrong}", f"0 to {N - 1}")
     sampler.update([1, 2], U[:2], V[:2])
     refused(lambda: sampler.update([1, 2], U[:2, :7], V[:2, :7]), "(2, 7)", "[m, 32]")
-    sampler.update(torch.arange(N), U, V * float("nan"))
-    refused(lambda: next(iter(sampler)), "v has 240 of 240 rows", "NaN")
+    for method in ("spectral", "osgd", shuffled):
+        sampler = make(method)
+        sampler.update(torch.arange(N), U, V * float("nan"))
+        refused(lambda: next(iter(sampler)), "v has 240 of 240 rows", "NaN")
     sampler.embed = lookup
     refused(lambda: sampler.update([1, 2], U[:2], V[:2]), "embed", "leave out")
-    sampler.embed = lambda rows: (U[rows[1:]], V[rows[1:]])
-    refused(lambda: next(iter(sampler)), "239 rows for 240 indices", "one for each")
-    for wrong in (None, U[:2], (U, V, U)):
-        sampler.embed = lambda rows: wrong
-        refused(lambda: next(iter(sampler)), f"embed gave {type(wrong).__name__}", "(u, v)")
-    sampler.embed = lambda rows: (U[rows], V[rows][:, 1:])
-    refused(lambda: next(iter(sampler)), "(240, 32)", "(240, 31)")
-
-
-def test_a_state_of_another_sampler_is_refused():
-    state = ContrastiveBatchSampler(N, B, seed=4).state_dict()
-    refused(lambda: ContrastiveBatchSampler(N, B).load_state_dict(state), "seed is 0", "with 4")
-    refused(lambda: ContrastiveBatchSampler(N + 1, B, seed=4).load_state_dict(state), "num_samples is 241", "with 240")
-    refused(lambda: ContrastiveBatchSampler(N, 4, seed=4).load_state_dict(state), "batch_size is 4", "with 8")
-    for other, part in (({"method": "osgd"}, "method is osgd"), ({"k": 7}, "k is 7"), ({"temperature": 1.}, "temperature is 1.0"),
-                        ({"refine": False}, "refine is False"), ({"ceiling": 0.5}, "ceiling is 0.5"), ({"loss": "infonce"}, "loss is infonce"),
-                        ({"exclude": LABEL}, "exclude is not that"), ({"embed": lookup}, "without embed")):
-        refused(lambda: ContrastiveBatchSampler(N, B, seed=4, **other).load_state_dict(state), part)
-    osgd = ContrastiveBatchSampler(N, B, "osgd", q=2).state_dict()
-    refused(lambda: ContrastiveBatchSampler(N, B, "osgd").load_state_dict(osgd), "q is 3", "with 2")
-    refused(lambda: ContrastiveBatchSampler(N, B, seed=4, world_size=2).load_state_dict(state), "world_size is 2", "with 1")
-    del state["k"], state["rest"]
-    refused(lambda: ContrastiveBatchSampler(N, B, seed=4).load_state_dict(state), "no k, rest", "state_dict")
-
-
-# ---------------------------------------------------------------------------- the README's recipes
-
-TEXT = RECIPES.split("### Recipes\n")[1].split("\n## ")[0]
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-SENTENCES = '''
-import pickle
-import torch
-import recipe
-
-
-class Pairs:  # as datasets.Dataset: columns of texts, of some rows a dictionary
-    anchor, positive = ([f"{word} {i % 40}" for i in range(400)] for word in ("what is", "it is"))
-
-    def __len__(self):
-        return 400
-
-    def __getitem__(self, rows):
-        assert all(type(row) is int for row in rows)
-        return {"anchor": [self.anchor[i] for i in rows], "positive": [self.positive[i] for i in rows]}
-
-
-class Encoder:
-    table = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-
-    def encode(self, texts, convert_to_tensor, show_progress_bar):
-        return self.table[[int(text.split()[-1]) for text in texts]]
-
-
-recipe.model = Encoder()
-make = pickle.loads(pickle.dumps(recipe.hard_batches))  # as its training arguments are saved
-sampler = make(Pairs(), batch_size=10, drop_last=False, valid_label_columns=["label"],
-               generator=torch.Generator().manual_seed(7), seed=0)
-sampler.set_epoch(1)
-batches = list(sampler)
-assert len(batches) == len(sampler) == 40 and sorted(sum(batches, [])) == list(range(400)) and sampler.seed == 7
-alike = sum(len({i % 40 for i in batch}) == 1 for batch in batches)
-assert alike > 30, alike  # ten samples of each text: together they are the hardest batches
-assert make(Pairs(), batch_size=10, drop_last=True).seed == 0
-'''
-
-
-def test_the_recipes_run_as_they_stand(tmp_path):
-    assert len(BLOCKS) == 3 and all(len(block.strip().splitlines()) <= 14 for block in BLOCKS)
-    tmp_path.joinpath("samplers.py").write_text(SOURCE)
-    scripts = ["own_loop.py", "image_text.py", "recipe.py", "use.py"]
-    for name, text in zip(scripts, [*BLOCKS, SENTENCES]):
-        tmp_path.joinpath(name).write_text(text)
-    run = "import runpy, sys; [runpy.run_path(script, run_name='__main__') for script in sys.argv[1:]]"  # torch once
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", run, *scripts], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    for embed, *parts in ((lambda rows: (U[rows[1:]], V[rows[1:]]), "239 rows for 240 indices", "one for"),
+                          (lambda rows: (U[rows], V[rows][:, 1:]), "(240, 32)", "(240, 31)"),
+                          *((lambda rows, x=x: x, f"embed gave {type(x).__name__}", "(u, v)")
+                            for x in (None, U[:2], (U, V, U)))):
+        refused(lambda: next(iter(make(embed=embed))), *parts)

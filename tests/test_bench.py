@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import bench
-import data
 import train
 from cli import Stop
 from deadleaves import deadleaves
