@@ -787,8 +787,8 @@ class ContrastiveBatchSampler(BatchSampler):
 
 @functools.cache
 def _thread(process: int) -> ThreadPoolExecutor:
-    """What chooses ahead: a thread that stays, as a fork beside one that is ending can hang; of this process, as
-    one from before a fork never answers."""
+    """What chooses ahead: a thread that stays, as a fork beside one that is ending can hang; of this process,
+    as one from before a fork never answers."""
     return ThreadPoolExecutor(1)
 
 
