@@ -16,8 +16,10 @@ pairs, B = batch_size, k batches at a time of which q are kept. Every selection 
 same for the same state of `generator` (None: torch's global one). Rows of u and v are scaled to length 1.
 """
 import copy
+import functools
 import math
 import operator
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -653,9 +655,8 @@ class ContrastiveBatchSampler(BatchSampler):
         self.rest, self.random, self.before = self.rest[taken:], max(0, self.random - taken // B), None
         if self.ahead and not self.random and len(self.rest) >= self.least and self.uv is not None:
             self.before, (rows, local) = self.generator.get_state(), self._window()
-            thread = ThreadPoolExecutor(1)  # a new one: after a fork an old one would wait for ever
+            thread = _thread(os.getpid())
             self.solved = thread.submit(self._solve, rows, local, *self._embeddings(rows))
-            thread.shutdown(wait=False)
         return shared[0]
 
     def _window(self) -> tuple[Tensor, Tensor]:
@@ -685,7 +686,7 @@ class ContrastiveBatchSampler(BatchSampler):
     def _ended(self) -> Future | None:
         """What was chosen ahead, if anything was: the thread has ended, and the generator is free."""
         if self.solved:
-            wait([self.solved])  # may be interrupted, and then is still there
+            wait([self.solved])  # may be interrupted, and then it is still there
         solved, self.solved = self.solved, None
         return solved
 
@@ -714,8 +715,8 @@ class ContrastiveBatchSampler(BatchSampler):
 
     def window_losses(self) -> dict[str, Tensor] | None:
         """Of the window that the last batch came from, on the embeddings it was chosen by: the losses
-        `chosen` [m] of its batches, `random` [c] of random ones of its samples (osgd: those it chose from), and
-        these batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where the batches are random."""
+        `chosen` [m] of its batches, `random` [c] of random ones of its samples (osgd: those it chose among),
+        and these batches, `chosen_rows` [m, B] and `random_rows` [c, B]. None where batches are random."""
         if self.last is None:
             return None
         u, v, rows, *both = self.last
@@ -782,6 +783,13 @@ class ContrastiveBatchSampler(BatchSampler):
         self.generator.set_state(state["generator"])
         self.loaded, self.last = True, None
         self.given.clear()
+
+
+@functools.cache
+def _thread(process: int) -> ThreadPoolExecutor:
+    """What chooses ahead: a thread that stays, as a fork beside one that is ending can hang; of this process,
+    as one from before a fork never answers."""
+    return ThreadPoolExecutor(1)
 
 
 def _world() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_sampler_states.py
 """
+import faulthandler
 import functools
 import sys
 
@@ -124,7 +125,7 @@ def test_ranks_share_one_partition(world, method):
 
 
 def deal(sampler, rank: int, every: int) -> list:
-    """What a process trains on in three epochs if it takes a batch of each `every`, and updates after each."""
+    """What a process trains on in three epochs, if it takes a batch of each `every` and updates then."""
     epochs = []
     for _ in range(3):
         epochs.append([])
@@ -140,6 +141,7 @@ def deal(sampler, rank: int, every: int) -> list:
 
 def two_processes(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(100, exit=True)  # a process that waits for ever fails
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     noise = torch.Generator().manual_seed(rank)  # views are drawn at random: no two processes embed alike
 
@@ -153,6 +155,7 @@ def two_processes(rank: int, folder: str) -> None:
             given[name, every] = deal(sampler, rank, every), sampler.uv, sampler.state_dict()["rest"]
     torch.save(given, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 WAYS = {"free": {}, "ahead": {"ahead": True}, "osgd": {"method": "osgd", "q": 3}, "fresh": {"embed": 1},
