@@ -35,7 +35,6 @@ def alone(monkeypatch, tmp_path):
         raise urllib.error.URLError("no route to host")
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    data.say.cache_clear()
 
 
 def pattern(seed, size=64):
@@ -324,8 +323,7 @@ def test_broken_images(tmp_path, capsys, monkeypatch):
         x, y = data.load("folder", "train", tmp_path, skip_broken=True)
         assert len(x) == 12 and y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
         assert "4 broken images left out: train/c1/cut.jpg" in capsys.readouterr().err
-        data.say.cache_clear()
-    assert np.array_equal(x[4].permute(1, 2, 0), pattern(1))
+        assert np.array_equal(x[4].permute(1, 2, 0), pattern(1))
     refused(ValueError, "cut.jpg", "folder", "train", tmp_path)  # what others skipped is not skipped for all
     with monkeypatch.context() as m:
         m.setattr(sys, "stderr", SimpleNamespace(write=full_disk, flush=full_disk))  # costs no run
