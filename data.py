@@ -88,7 +88,7 @@ def folder_source(path: Path, split: str):
             chosen = [name for name in folders if (name in held) == (split == "val")]
         left = len(files) - len(folders)
         if left and split == "train":  # once
-            cli.say(f"{path}: {left:,} files left out: Pillow does not read them, or they are in no split", sys.stderr)
+            cli.say(f"{path}: {left:,} files left out, not read by Pillow or in no split", sys.stderr)
         classes = np.unique(["".join(folder[:1]) for folder in folders.values()], return_inverse=True)[1]
         label = dict(zip(folders, classes.tolist()))
         return chosen, [label[name] for name in chosen], lambda i: (path / chosen[i]).read_bytes()
