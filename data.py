@@ -245,8 +245,8 @@ def write_cache(stem: Path, size: int, skip_broken: bool, names, labels: list[in
         begin = np.lib.format.open_memmap(path, "w+", np.uint8, shape).offset
         with open(path, "r+b") as file:  # a full disk would kill who writes to the mapping
             file.seek(begin)
-            for start in range(0, len(names), 256):  # as many as are in memory at a time
-                rows = range(start, min(start + 256, len(names)))
+            for start in range(0, len(names), 512):  # as many as are in memory at a time
+                rows = range(start, min(start + 512, len(names)))
                 for row, image in zip(rows, pool.map(decoded, rows)):
                     if image is None:
                         broken.append(names[row])
