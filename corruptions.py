@@ -50,49 +50,27 @@ def published(dataset: str, data_dir: Path) -> Path:
     raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")
 
 
-def digest(folder: Path) -> str:
-    """Of the names, sizes and times of a -C set's arrays and folders: it has changed when they have."""
-    def times(path: Path) -> tuple[int, int]:
-        return path.stat().st_size, path.stat().st_mtime_ns
-    there = [(path, times(path)) for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth))]
-    return data.digest(repr([(str(path.relative_to(folder)), *x) for path, x in there]).encode())
-
-
-def official(dataset: str, data_dir: Path, labels: Tensor, size: int) -> Callable:
+def official(dataset: str, data_dir: Path, n: int, size: int) -> Callable:
     """corrupted(rows, severity) of the -C set in data_dir, or data_dir itself, after a check of its layout.
 
-    dataset: cifar100 or tinyimagenet. labels [N]: of the whole validation split. size: side to which
+    dataset: cifar100 or tinyimagenet. n: images of the whole validation split. size: side to which
     Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or
-    OSError, with one line, for a set that is absent or not complete.
-    """
+    OSError, with one line, for a set that is absent or not complete. """
     folder, url = published(dataset, data_dir), OFFICIAL[dataset][1]
     names = [f"{name}.npy" for name in CIFAR] if dataset == "cifar100" else TINY
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: get the whole set from {url}")
-    if dataset == "cifar100":
-        return cifar_c(folder, labels.numpy())
-    return tiny_c(folder, clean_folder(data_dir), labels.numpy(), size)
+    return cifar_c(folder, n) if dataset == "cifar100" else tiny_c(folder, clean_folder(data_dir), n, size)
 
 
-def cifar_c(folder: Path, labels: np.ndarray) -> Callable:
-    """CIFAR-100-C: <corruption>.npy, uint8 [5N, 32, 32, 3], severity s at rows (s-1)N to sN; labels.npy."""
-    n = len(labels)
-
-    def mapped(name: str) -> np.ndarray:
-        path = folder / f"{name}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}): get it again") from None
-        if name == "labels" and (array.size not in (n, 5 * n) or (array.reshape(-1, n) != labels).any()):
-            raise ValueError(f"{path} does not hold the labels of the {n:,} clean images in their order: get "
-                             "it again")
-        shape = (5 * n, 32, 32, 3)
-        if name != "labels" and (array.dtype != np.uint8 or array.shape != shape):
-            raise ValueError(f"{path} is {array.dtype} {array.shape}, not uint8 {shape}: get it again")
-        return array
-    *arrays, _ = [mapped(name) for name in (*CIFAR, "labels")]
+def cifar_c(folder: Path, n: int) -> Callable:
+    """CIFAR-100-C: <corruption>.npy, uint8 [5N, 32, 32, 3], severity s at rows (s-1)N to sN."""
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in CIFAR]
+    for name, array in zip(CIFAR, arrays):
+        if array.dtype != np.uint8 or array.shape != (5 * n, 32, 32, 3):
+            raise ValueError(f"{folder / name}.npy is {array.dtype} {array.shape}, not uint8 "
+                             f"{(5 * n, 32, 32, 3)}: get it again")
 
     def corrupted(rows: Tensor, severity: int) -> Tensor:
         at = (severity - 1) * n + rows.numpy()
@@ -100,44 +78,23 @@ def cifar_c(folder: Path, labels: np.ndarray) -> Callable:
     return corrupted
 
 
-def tiny_c(folder: Path, clean: Path, labels: np.ndarray, size: int) -> Callable:
+def tiny_c(folder: Path, clean: Path, n: int, size: int) -> Callable:
     """Tiny-ImageNet-C: <corruption>/<severity>/<wnid>/<name>.JPEG, one for each clean validation image."""
     files = [Path(name).name for name in data.tinyimagenet_source(clean, "val")[2]()[0]]
-    if len(files) != len(labels):
-        raise ValueError(f"{clean} has {len(files):,} validation images, of which {len(labels):,} can be "
-                         "read: repair the others")
-    wnid_of, tick = {}, cli.progress(f"checking {folder}", 5 * len(TINY), "folders")
-    for i, inside in enumerate(folder / name / str(severity) for name in TINY for severity in SEVERITIES):
-        tick(i)
-        of = {file.name: wnid.name for wnid in inside.glob("*") if wnid.is_dir() for file in os.scandir(wnid)}
-        lacking, surplus = sorted(set(files) - of.keys()), sorted(of.keys() - set(files))
-        if lacking:
-            raise ValueError(f"{inside} lacks {lacking[0]}, which is in the clean validation split "
-                             f"({len(lacking):,} such): get the whole set again")
-        if surplus:
-            raise ValueError(f"{inside} holds {surplus[0]}, which is not in the clean validation split "
-                             f"({len(surplus):,} such): give the whole clean data set as --data-dir")
-        classes = {wnid: i for i, wnid in enumerate(sorted(set(of.values())))}
-        for file, label in zip(files, labels):
-            if classes[of[file]] != label or wnid_of.setdefault(file, of[file]) != of[file]:
-                raise ValueError(f"{inside / of[file] / file} is not in the folder of its class: get the "
-                                 "whole set again")
+    wnid = {path.name: path.parent.name for path in (folder / TINY[0] / "1").glob("*/*.JPEG")}
+    if len(files) != n or wnid.keys() != set(files):
+        raise ValueError(f"{folder} and {clean} do not hold the same validation images: get both whole")
     pool = ThreadPoolExecutor(os.cpu_count())
 
     def decoded(path: Path) -> Tensor:
         try:
-            content = path.read_bytes()
-            sides = Image.open(io.BytesIO(content)).size
-            image = torch.from_numpy(data.decode(content, size).copy())
+            return torch.from_numpy(data.decode(path.read_bytes(), size).copy())
         except Exception as error:  # Pillow fails in many ways on a damaged file
             raise OSError(f"cannot read {path} ({type(error).__name__}): get it again") from None
-        if sides != (64, 64):
-            raise ValueError(f"{path} has {sides[0]} x {sides[1]} pixels, not 64 x 64: get it again")
-        return image
 
     def corrupted(rows: Tensor, severity: int) -> Tensor:
         shown = [files[i] for i in rows.tolist()]
-        paths = [folder / name / str(severity) / wnid_of[file] / file for file in shown for name in TINY]
+        paths = [folder / name / str(severity) / wnid[file] / file for file in shown for name in TINY]
         return torch.stack(list(pool.map(decoded, paths))).unflatten(0, (len(rows), len(TINY)))
     return corrupted
 
@@ -230,8 +187,6 @@ BUILT_IN = {  # name: (function, its strength at severity 1 to 5)
 
 def corrupt(name: str, images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Images corrupted by BUILT_IN[name], uint8 of uint8 [n, 3, S, S], at severity 1 to 5."""
-    if severity not in SEVERITIES:
-        raise ValueError(f"severity is {severity}; give 1 to 5")
     function, strengths = BUILT_IN[name]
     x = function(images.float() / 255, strengths[severity - 1], generator)
     return (255 * x).round_().clamp_(0, 255).byte()
@@ -260,8 +215,8 @@ def own_version_ranks(u: Tensor, v: Tensor) -> Tensor:
 
 
 def own_versions(model: nn.Module, views: Callable, rows: Tensor, corrupted: Callable, seed: int, name: str,
-                 chunk: int = 64) -> dict[str, np.ndarray]:
-    """ranks [5, 2, n, C] of partner views among those of the own versions of each of `rows`, by severity.
+                 chunk: int = 64) -> np.ndarray:
+    """Ranks [5, 2, n, C] of partner views among those of the own versions of each of `rows`, by severity.
     views(images, generator): augment.views_of; name: of the progress."""
     ranks, tick = [], cli.progress(name, 5 * len(rows), "images")
     for severity in SEVERITIES:
@@ -273,19 +228,19 @@ def own_versions(model: nn.Module, views: Callable, rows: Tensor, corrupted: Cal
             u, v = embed(model, views(pictures.flatten(0, 1), generator), torch.arange(shape.numel()))
             found.append(own_version_ranks(u.unflatten(0, shape), v.unflatten(0, shape)))
         ranks.append(torch.cat(found, 1))
-    return {"ranks": torch.stack(ranks).cpu().numpy().astype(np.uint8)}
+    return torch.stack(ranks).cpu().numpy()
 
 
 def batch_losses(model: nn.Module, views: Callable, images: Tensor, rows: Tensor, batch_size: int,
                  temperature: float, seed: int, name: str) -> dict[str, np.ndarray]:
-    """NT-Xent [n // B] of random and of spectral batches of the same projections of images[rows]."""
+    """NT-Xent [1, n // B] of random and of spectral batches of the same projections of images[rows]."""
     generator = Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     u, v = embed(model, views(images, generator), rows, on_chunk=cli.progress(name, len(rows), "images"))
     window = min(40, len(rows) // batch_size)  # the paper's, in batches
     chosen = {"random": samplers.random_batches(len(rows), batch_size, generator).to(u.device),
               "spectral": samplers.spectral_batches(u, v, batch_size, window, temperature, generator)}
-    return {kind: samplers.batch_losses(u, v, x, temperature).cpu().numpy() for kind, x in chosen.items()}
+    return {kind: samplers.batch_losses(u, v, x, temperature)[None].cpu().numpy() for kind, x in chosen.items()}
 
 
 def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
@@ -304,73 +259,57 @@ def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
     return figure
 
 
-def neighbour_classes(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
-    """The class [m] of each of `queries` [m, d]: the 20 of x [n, d], of classes y, of greatest cosine vote
-    with exp(cosine / 0.07) (Wu et al., CVPR 2018)."""
-    gallery, found = F.normalize(x, dim=1), []
-    for part in F.normalize(queries, dim=1).split(max(1, 2 ** 23 // len(x))):
-        cosine, index = (part @ gallery.T).topk(min(20, len(x)), dim=1)
-        votes = part.new_zeros(len(part), int(y.max()) + 1)
-        found.append(votes.scatter_add_(1, y[index], (cosine / 0.07).exp()).argmax(1))
-    return torch.cat(found)
+@torch.no_grad()
+def probe(encoder: nn.Module, sets: list[tuple[Tensor, Tensor, Tensor]], size: int, statistics: tuple,
+          device: torch.device, seed: int, name: str) -> dict[str, np.ndarray]:
+    """linear and knn, bool [1, n]: is the class of a validation image found from the encoder's features?
 
-
-def linear_classes(x: Tensor, y: Tensor, queries: Tensor, seed: int, name: str) -> Tensor:
-    """The class [m] of each of `queries` [m, d] by multinomial logistic regression on standardised features,
-    by L-BFGS; its L2 is the best on a fifth of x held out."""
+    linear: multinomial logistic regression on standardised features, by L-BFGS, its L2 the best on a fifth of
+    the training images held out.  knn: the 20 of greatest cosine vote with exp(cosine / 0.07) (Wu et al.,
+    CVPR 2018).  encoder: images [B, 3, size, size] -> [B, d], in eval mode.  sets: of training and validation
+    the uint8 images [N, 3, H, H], the rows [n] of them to use, the labels [N].  statistics: mean and std of
+    the channels.  Raises ValueError where features are not finite. """
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in statistics)
+    x, val_x = [], []
+    for (images, rows, _), found in zip(sets, (x, val_x)):
+        tick = cli.progress(name, len(rows), "images")
+        for i, part in enumerate(rows.split(256)):
+            tick(256 * i)
+            pixels = F.interpolate(images[part].to(device).float() / 255, (size, size), mode="bilinear", antialias=True)
+            found.append(encoder(((pixels - mean) / std).contiguous(memory_format=torch.channels_last)).float())
+    x, val_x = torch.cat(x), torch.cat(val_x)
+    y, val_y = (labels[rows].to(device) for _, rows, labels in sets)
+    classes = int(y.max()) + 1
+    if not (x.isfinite().all() and val_x.isfinite().all()):
+        raise ValueError("the features hold NaN or infinity: give a run whose loss is finite")
+    knn = []
+    for part in F.normalize(val_x, dim=1).split(1024):
+        cosine, index = (part @ F.normalize(x, dim=1).T).topk(min(20, len(x)), dim=1)
+        votes = part.new_zeros(len(part), classes).scatter_add_(1, y[index], (cosine / 0.07).exp())
+        knn.append(votes.argmax(1))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, queries = ((z - mean) / std for z in (x, queries))
+    x, val_x = ((z - mean) / std for z in (x, val_x))
 
-    def logits(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight[:, :-1], weight[:, -1])
-
-    def fit(x: Tensor, y: Tensor, l2: float, weight: Tensor) -> Tensor:
+    @torch.enable_grad()
+    def fit(chosen: Tensor, l2: float, weight: Tensor) -> Tensor:
         weight = weight.clone().requires_grad_()  # [classes, d + 1], the last column the biases
         optimizer = torch.optim.LBFGS([weight], max_iter=50, history_size=10, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = F.cross_entropy(logits(x, weight), y) + l2 / 2 * weight[:, :-1].square().sum()
-            value.backward()
+            value = F.cross_entropy(F.linear(x[chosen], weight[:, :-1], weight[:, -1]), y[chosen])
+            (value := value + l2 / 2 * weight[:, :-1].square().sum()).backward()
             return value
         optimizer.step(loss)
         return weight.detach()
-    order = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(x.device)
+
+    def right(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight[:, :-1], weight[:, -1]).argmax(1) == y
+    order = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(device)
     held, rest = order[:max(1, len(x) // 5)], order[max(1, len(x) // 5):]
-    weight, right, tick = x.new_zeros(int(y.max()) + 1, x.shape[1] + 1), {}, cli.progress(name, 6, "fits")
-    for i, l2 in enumerate((0.3, 0.1, 0.03, 0.01, 0.003), 1):  # from strong to weak, each from the last
-        weight = fit(x[rest], y[rest], l2, weight)
-        right[l2] = (logits(x[held], weight).argmax(1) == y[held]).float().mean().item()
-        tick(i)
-    return logits(queries, fit(x, y, max(right, key=right.get), weight)).argmax(1)
-
-
-@torch.no_grad()
-def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, statistics: tuple,
-             device: torch.device, name: str) -> Tensor:
-    """encoder's [n, d], float32, of images[rows] as they are, brought to size x size and normalised."""
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in statistics)
-    found, tick = [], cli.progress(name, len(rows), "images")
-    for i, part in enumerate(rows.split(256)):
-        tick(256 * i)
-        x = images[part].to(device).float() / 255
-        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True) if x.shape[-1] != size else x
-        found.append(encoder(((x - mean) / std).contiguous(memory_format=torch.channels_last)).float())
-    return torch.cat(found)
-
-
-def probe(encoder: nn.Module, sets: list[tuple[Tensor, Tensor, Tensor]], size: int, statistics: tuple,
-          device: torch.device, seed: int, name: str) -> dict[str, np.ndarray]:
-    """correct, bool [2, n]: is the class of a validation image found by neighbours, by a linear classifier?
-
-    encoder: images [B, 3, size, size] -> features [B, d], in eval mode.  sets: of training and of validation
-    the uint8 images [N, 3, H, H], the rows [n] of them to use, and the labels [N].  statistics: mean and std
-    of the channels.  Raises ValueError where there is but one class, or features are not finite. """
-    if sets[0][2].max() == 0:
-        raise ValueError("--probe needs images of two classes or more: leave it out")
-    x, val_x = (features(encoder, *two, size, statistics, device, name) for *two, _ in sets)
-    y, val_y = (labels[rows].to(device) for _, rows, labels in sets)
-    if not (x.isfinite().all() and val_x.isfinite().all()):
-        raise ValueError("the features hold NaN or infinity: give a run whose loss is finite")
-    found = neighbour_classes(x, y, val_x), linear_classes(x, y, val_x, seed, name)
-    return {"correct": torch.stack([classes == val_y for classes in found]).cpu().numpy()}
+    weight, found = x.new_zeros(classes, x.shape[1] + 1), {}
+    for l2 in (0.3, 0.1, 0.03, 0.01, 0.003):  # from strong to weak, each from the last
+        weight = fit(rest, l2, weight)
+        found[l2] = right(x[held], y[held], weight).float().mean().item()
+    linear = right(val_x, val_y, fit(order.sort().values, max(found, key=found.get), weight))
+    return {"linear": linear[None].cpu().numpy(), "knn": (torch.cat(knn) == val_y)[None].cpu().numpy()}
