@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
 
 def read_runs(words: list[str]) -> list[Run]:
-    """The finished runs in these folders; a word that is no folder may be a pattern with * ? [. Raises Stop."""
+    """The finished runs in these folders, or in those that match a pattern with * ? [. Raises Stop."""
     if not words:
         raise Stop("name the folders of finished runs, for example: python retrieval.py runs/quick-*")
     folders, runs = {}, []
@@ -131,12 +131,11 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
 
 def baseline_first(groups: dict[str, list[int]], runs: list[Run], name: str | None) -> dict[str, list[int]]:
     """The groups, first the baseline: the one that is named, or random with NT-Xent. Raises Stop."""
-    plain = {group.replace(",", ""): group for group in groups}  # commas need not be typed
-    if name and name.replace(",", "") not in plain:
+    if name and name not in groups:
         raise Stop(f"--baseline {name}: no such group{cli.nearest(name, groups)}")
     usual = [group for group, members in groups.items()
              if [runs[members[0]].knobs[x] for x in ("sampler", "objective")] == ["random", "simclr"]]
-    baseline = plain[name.replace(",", "")] if name else (usual or list(groups))[0]
+    baseline = name or (usual or list(groups))[0]
     return {baseline: groups[baseline], **groups}
 
 
@@ -147,9 +146,8 @@ def interval(groups: list[np.ndarray]) -> tuple[float, float, float]:
     groups: scores [S, n] of independent groups of S seeds on the same n images: one group; a group of paired
     differences; or a group and the negative of another. What images and what seeds add to the variance has
     degrees of freedom of its own, so half-widths by Student's t are added in squares (Zou and Donner,
-    Statistics in Medicine 2008), which is wide enough for two seeds as well. Where a group has one seed,
-    nothing is said about other seeds. Few seeds can agree by luck: no interval is narrower than the images
-    alone make it. """
+    Statistics in Medicine 2008). One seed says nothing about others; few can agree by luck, so no interval is
+    narrower than the images alone make it. """
     by_image = sum(x.mean(0) for x in groups)  # [n]
     n, several = len(by_image), [x for x in groups if len(x) > 1]
     images, t = (by_image.var(ddof=1) / n, stdtrit(n - 1, 0.975)) if n > 1 else (0.0, 0.0)
@@ -309,9 +307,7 @@ def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     for axis, label in zip(axes[0], ("steps", "seconds of training and selecting")):
         axis.axhline(100 * target, color="black", linewidth=0.6, linestyle=":")
         axis.set(xlabel=label)
-    several = max(len(x["seeds"]) for x in found.values()) > 1
-    axes[0, 0].set(ylabel="two-view R@1 (%)",
-                   title="mean over seeds; band: lowest to highest" if several else "one seed")
+    axes[0, 0].set(ylabel="two-view R@1 (%)", title="line: mean over seeds; band: lowest to highest")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=min(4, len(found)))
     return figure
@@ -343,8 +339,8 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
     if curve:
         found = record["curves"] = curves(runs, groups)
         rows = record["cost"] = cost(found, target)
-        cli.say(f"\nalong training, to R@1 {rows[0]['target']:.1%} in log.jsonl; gain: R@1 after the baseline's "
-                f"seconds less its own\n\n{cost_text(rows)}")
+        cli.say(f"\nalong training, to R@1 {rows[0]['target']:.1%} in log.jsonl; gain: R@1 after the "
+                f"baseline's seconds less its own\n\n{cost_text(rows)}")
         samplers = [runs[members[0]].knobs["sampler"] for members in groups.values()]
         cli.save_figure(draw_curves(found, samplers, rows[0]["target"]), curve)
     return record

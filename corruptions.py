@@ -34,34 +34,20 @@ OFFICIAL = {"cifar100": ("CIFAR-100-C", "https://zenodo.org/records/3555552"),
 SEVERITIES = range(1, 6)
 
 
-def clean_folder(data_dir: Path) -> Path:
-    """Where the clean images are when data_dir may be the folder of a -C set itself."""
-    names = [name.lower() for name, _ in OFFICIAL.values()]
-    return data_dir.parent if data_dir.name.lower() in names else data_dir
-
-
-def published(dataset: str, data_dir: Path) -> Path:
-    """The folder of this data set's -C set: data_dir or one in it. Raises FileNotFoundError where none is."""
-    name, url = OFFICIAL[dataset]
-    data_dir = data_dir.parent if data_dir.is_file() else data_dir  # a zip of the clean images
-    for path in (data_dir, *sorted(data_dir.iterdir())):
-        if path.is_dir() and path.name.lower() == name.lower():
-            return path
-    raise FileNotFoundError(f"no {name} in {data_dir}: unpack {url} there, or give --corruptions built-in")
-
-
 def official(dataset: str, data_dir: Path, n: int, size: int) -> Callable:
-    """corrupted(rows, severity) of the -C set in data_dir, or data_dir itself, after a check of its layout.
+    """corrupted(rows, severity) of the -C set in data_dir, after a check of its layout.
 
     dataset: cifar100 or tinyimagenet. n: images of the whole validation split. size: side to which
     Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or
     OSError, with one line, for a set that is absent or not complete. """
-    folder, url = published(dataset, data_dir), OFFICIAL[dataset][1]
+    name, url = OFFICIAL[dataset]
+    folder = (data_dir.parent if data_dir.is_file() else data_dir) / name  # beside a zip of the clean images
     names = [f"{name}.npy" for name in CIFAR] if dataset == "cifar100" else TINY
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: get the whole set from {url}")
-    return cifar_c(folder, n) if dataset == "cifar100" else tiny_c(folder, clean_folder(data_dir), n, size)
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: unpack {url} there, or give "
+                                "--corruptions built-in")
+    return cifar_c(folder, n) if dataset == "cifar100" else tiny_c(folder, data_dir, n, size)
 
 
 def cifar_c(folder: Path, n: int) -> Callable:
@@ -102,16 +88,8 @@ def tiny_c(folder: Path, clean: Path, n: int, size: int) -> Callable:
 # -------------------------------------------------------------------------------- built in
 # Functions of x [n, 3, S, S], float32 in 0 to 1, a strength and a generator give corrupted images, which are
 # then cut to 0 to 1. Lengths are parts of an image's side, so that they mean the same at every size.
-def uniform(x: Tensor, g: Generator, *shape: int) -> Tensor:
-    return torch.rand(len(x), *shape, generator=g)
-
-
-def normal(x: Tensor, g: Generator, *shape: int) -> Tensor:
-    return torch.randn(len(x), *shape, generator=g)
-
-
 def impulse_noise(x: Tensor, share: float, g: Generator) -> Tensor:
-    u = uniform(x, g, *x.shape[1:])
+    u = torch.rand(x.shape, generator=g)
     return torch.where(u < share, (u < share / 2).float(), x)
 
 
@@ -128,7 +106,7 @@ def moved(x: Tensor, matrix: Tensor, way: Tensor | float = 0.0) -> Tensor:
 
 
 def motion_blur(x: Tensor, length: float, g: Generator) -> Tensor:
-    angle = 2 * torch.pi * uniform(x, g, 1)
+    angle = 2 * torch.pi * torch.rand(len(x), 1, generator=g)
     way = length / 4 * torch.cat([angle.cos(), angle.sin()], 1)[:, :, None]
     eye = torch.eye(2).expand(len(x), 2, 2)
     return sum(moved(x, torch.cat([eye, t * way], 2)) for t in range(-4, 5)) / 9
@@ -144,12 +122,13 @@ def smooth(noise: Tensor, side: int) -> Tensor:
 
 
 def fog(x: Tensor, share: float, g: Generator) -> Tensor:
-    cloud = sum(smooth(uniform(x, g, 1, 2 ** i, 2 ** i), x.shape[-1]) / 2 ** i for i in range(1, 5))
+    grids = ((i, torch.rand(len(x), 1, 2 ** i, 2 ** i, generator=g)) for i in range(1, 5))
+    cloud = sum(smooth(grid, x.shape[-1]) / 2 ** i for i, grid in grids)
     return x + share * (0.5 + 0.5 * cloud - x)
 
 
 def elastic(x: Tensor, length: float, g: Generator) -> Tensor:
-    way = length * smooth(normal(x, g, 2, 5, 5), x.shape[-1])
+    way = length * smooth(torch.randn(len(x), 2, 5, 5, generator=g), x.shape[-1])
     return moved(x, torch.eye(2, 3).expand(len(x), 2, 3), way.permute(0, 2, 3, 1))
 
 
@@ -168,10 +147,11 @@ def jpeg(x: Tensor, quality: int, g: Generator) -> Tensor:
 
 
 BUILT_IN = {  # name: (function, its strength at severity 1 to 5)
-    "gaussian_noise": (lambda x, s, g: x + s * normal(x, g, *x.shape[1:]), (0.04, 0.07, 0.1, 0.14, 0.2)),
+    "gaussian_noise": (lambda x, s, g: x + s * torch.randn(x.shape, generator=g), (0.04, 0.07, 0.1, 0.14, 0.2)),
     "shot_noise": (lambda x, s, g: torch.poisson(x * s, generator=g) / s, (300, 120, 60, 30, 15)),
     "impulse_noise": (impulse_noise, (0.01, 0.03, 0.06, 0.1, 0.16)),
-    "speckle_noise": (lambda x, s, g: x + x * s * normal(x, g, *x.shape[1:]), (0.08, 0.14, 0.2, 0.3, 0.45)),
+    "speckle_noise": (lambda x, s, g: x + x * s * torch.randn(x.shape, generator=g),
+                      (0.08, 0.14, 0.2, 0.3, 0.45)),
     "gaussian_blur": (gaussian_blur, (0.012, 0.018, 0.026, 0.037, 0.052)),
     "motion_blur": (motion_blur, (0.06, 0.1, 0.15, 0.21, 0.3)),
     "zoom_blur": (zoom_blur, (0.08, 0.14, 0.22, 0.32, 0.45)),
@@ -185,30 +165,22 @@ BUILT_IN = {  # name: (function, its strength at severity 1 to 5)
 }
 
 
-def corrupt(name: str, images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Images corrupted by BUILT_IN[name], uint8 of uint8 [n, 3, S, S], at severity 1 to 5."""
-    function, strengths = BUILT_IN[name]
-    x = function(images.float() / 255, strengths[severity - 1], generator)
-    return (255 * x).round_().clamp_(0, 255).byte()
-
-
 def built_in(images: Tensor, seed: int) -> Callable:
     """corrupted(rows, severity) of uint8 images [N, 3, S, S], made when asked for, the same for the same
     rows."""
     def corrupted(rows: Tensor, severity: int) -> Tensor:
         # torch's CPU generator keeps 32 bits of a seed; the same draws at every severity.
         mixed = np.random.SeedSequence([seed, int(rows[0])]).generate_state(1)
-        generator = Generator().manual_seed(int(mixed[0]))
-        return torch.stack([corrupt(name, images[rows], severity, generator) for name in BUILT_IN], 1)
+        generator, x = Generator().manual_seed(int(mixed[0])), images[rows].float() / 255
+        versions = [function(x, strength[severity - 1], generator) for function, strength in BUILT_IN.values()]
+        return torch.stack([(255 * x).round_().clamp_(0, 255).byte() for x in versions], 1)
     return corrupted
 
 
 # -------------------------------------------------------------------------------- what is asked
 def own_version_ranks(u: Tensor, v: Tensor) -> Tensor:
     """Ranks from 1, int64 [2, N, C], of u, v [N, C, D], where the candidates of each are the C versions of
-    the same image; ties and errors as retrieval.partner_ranks has them."""
-    if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
-        raise ValueError("u or v holds NaN or infinity: embed with a model whose loss is finite")
+    the same image; ties as retrieval.partner_ranks has them."""
     s = F.normalize(u, dim=2) @ F.normalize(v, dim=2).mT
     bound = s.diagonal(dim1=1, dim2=2) - (8 + u.shape[2] ** 0.5) * torch.finfo(s.dtype).eps
     return torch.stack([(s >= bound[:, :, None]).sum(2), (s >= bound[:, None]).sum(1)])
@@ -240,7 +212,8 @@ def batch_losses(model: nn.Module, views: Callable, images: Tensor, rows: Tensor
     window = min(40, len(rows) // batch_size)  # the paper's, in batches
     chosen = {"random": samplers.random_batches(len(rows), batch_size, generator).to(u.device),
               "spectral": samplers.spectral_batches(u, v, batch_size, window, temperature, generator)}
-    return {kind: samplers.batch_losses(u, v, x, temperature)[None].cpu().numpy() for kind, x in chosen.items()}
+    losses = {kind: samplers.batch_losses(u, v, x, temperature) for kind, x in chosen.items()}
+    return {kind: x[None].cpu().numpy() for kind, x in losses.items()}
 
 
 def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
@@ -260,56 +233,54 @@ def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
 
 
 @torch.no_grad()
-def probe(encoder: nn.Module, sets: list[tuple[Tensor, Tensor, Tensor]], size: int, statistics: tuple,
-          device: torch.device, seed: int, name: str) -> dict[str, np.ndarray]:
-    """linear and knn, bool [1, n]: is the class of a validation image found from the encoder's features?
+def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, statistics: tuple,
+             device: torch.device, name: str) -> Tensor:
+    """encoder's [n, d], float32, of images[rows] as they are, brought to size x size and normalised."""
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in statistics)
+    found, tick = [], cli.progress(name, len(rows), "images")
+    for i, part in enumerate(rows.split(256)):
+        tick(256 * i)
+        x = F.interpolate(images[part].to(device) / 255, (size, size), mode="bilinear", antialias=True)
+        found.append(encoder(((x - mean) / std).contiguous(memory_format=torch.channels_last)).float())
+    return torch.cat(found)
+
+
+def probe(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, seed: int, name: str) -> dict[str, np.ndarray]:
+    """linear and knn, bool [1, n]: is the class val_y of the features val_x [n, d] found by x, y?
 
     linear: multinomial logistic regression on standardised features, by L-BFGS, its L2 the best on a fifth of
-    the training images held out.  knn: the 20 of greatest cosine vote with exp(cosine / 0.07) (Wu et al.,
-    CVPR 2018).  encoder: images [B, 3, size, size] -> [B, d], in eval mode.  sets: of training and validation
-    the uint8 images [N, 3, H, H], the rows [n] of them to use, the labels [N].  statistics: mean and std of
-    the channels.  Raises ValueError where features are not finite. """
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in statistics)
-    x, val_x = [], []
-    for (images, rows, _), found in zip(sets, (x, val_x)):
-        tick = cli.progress(name, len(rows), "images")
-        for i, part in enumerate(rows.split(256)):
-            tick(256 * i)
-            pixels = F.interpolate(images[part].to(device).float() / 255, (size, size), mode="bilinear", antialias=True)
-            found.append(encoder(((pixels - mean) / std).contiguous(memory_format=torch.channels_last)).float())
-    x, val_x = torch.cat(x), torch.cat(val_x)
-    y, val_y = (labels[rows].to(device) for _, rows, labels in sets)
-    classes = int(y.max()) + 1
-    if not (x.isfinite().all() and val_x.isfinite().all()):
-        raise ValueError("the features hold NaN or infinity: give a run whose loss is finite")
-    knn = []
-    for part in F.normalize(val_x, dim=1).split(1024):
-        cosine, index = (part @ F.normalize(x, dim=1).T).topk(min(20, len(x)), dim=1)
+    x held out.  knn: the 20 of greatest cosine vote with exp(cosine / 0.07) (Wu et al., CVPR 2018). """
+    if y.max() == 0 or not (x.isfinite().all() and val_x.isfinite().all()):
+        raise ValueError("--probe needs images of two classes or more and finite features: leave it out")
+    classes, gallery, knn = int(y.max()) + 1, F.normalize(x, dim=1), []
+    for part in F.normalize(val_x, dim=1).split(64):
+        cosine, index = (part @ gallery.T).topk(min(20, len(x)), dim=1)
         votes = part.new_zeros(len(part), classes).scatter_add_(1, y[index], (cosine / 0.07).exp())
         knn.append(votes.argmax(1))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, val_x = ((z - mean) / std for z in (x, val_x))
 
-    @torch.enable_grad()
-    def fit(chosen: Tensor, l2: float, weight: Tensor) -> Tensor:
-        weight = weight.clone().requires_grad_()  # [classes, d + 1], the last column the biases
+    def logits(x: Tensor, weight: Tensor) -> Tensor:  # [classes, d + 1], the last column the biases
+        return F.linear(x, weight[:, :-1], weight[:, -1])
+
+    def fit(x: Tensor, y: Tensor, l2: float, weight: Tensor) -> Tensor:
+        weight = weight.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([weight], max_iter=50, history_size=10, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = F.cross_entropy(F.linear(x[chosen], weight[:, :-1], weight[:, -1]), y[chosen])
-            (value := value + l2 / 2 * weight[:, :-1].square().sum()).backward()
+            value = F.cross_entropy(logits(x, weight), y) + l2 / 2 * weight[:, :-1].square().sum()
+            value.backward()
             return value
         optimizer.step(loss)
         return weight.detach()
-
-    def right(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight[:, :-1], weight[:, -1]).argmax(1) == y
-    order = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(device)
-    held, rest = order[:max(1, len(x) // 5)], order[max(1, len(x) // 5):]
-    weight, found = x.new_zeros(classes, x.shape[1] + 1), {}
-    for l2 in (0.3, 0.1, 0.03, 0.01, 0.003):  # from strong to weak, each from the last
-        weight = fit(rest, l2, weight)
-        found[l2] = right(x[held], y[held], weight).float().mean().item()
-    linear = right(val_x, val_y, fit(order.sort().values, max(found, key=found.get), weight))
-    return {"linear": linear[None].cpu().numpy(), "knn": (torch.cat(knn) == val_y)[None].cpu().numpy()}
+    held, rest = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(x.device).tensor_split(
+        [max(1, len(x) // 5)])
+    weight, right, tick = x.new_zeros(classes, x.shape[1] + 1), {}, cli.progress(name, 6, "fits")
+    for i, l2 in enumerate((0.3, 0.1, 0.03, 0.01, 0.003), 1):  # from strong to weak, each from the last
+        weight = fit(x[rest], y[rest], l2, weight)
+        right[l2] = (logits(x[held], weight).argmax(1) == y[held]).float().mean().item()
+        tick(i)
+    linear = logits(val_x, fit(x, y, max(right, key=right.get), weight)).argmax(1)
+    found = {"linear": linear, "knn": torch.cat(knn)}
+    return {kind: (x == val_y)[None].cpu().numpy() for kind, x in found.items()}

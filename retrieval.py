@@ -164,12 +164,12 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
             device: torch.device) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, float]]]:
     """Of each of the settings `wanted` the title; values [m, n] of n images, by score, whose means are the
     scores, the first of zeros and ones; and further means. val: load() of the validation images in folder."""
-    knobs, views, clean = run.knobs, views_by(run, device), corruptions.clean_folder(folder)
+    knobs, views = run.knobs, views_by(run, device)
     model = load_checkpoint(run.folder / "checkpoint.pt", knobs).to(device, memory_format=torch.channels_last)
     images, labels, rows = val
     seed, recalibrated = next(iter(wanted.values()))["seed"], 0
     if any(s["recalibrate_batches"] or s["task"] in ("probe", LOSSES) for s in wanted.values()):
-        train_images, train_labels, train_rows = load(run, "train", clean, knobs["limit"])
+        train_images, train_labels, train_rows = load(run, "train", folder, knobs["limit"])
     if any("built-in" in s["task"] for s in wanted.values()):
         corrupted = corruptions.built_in(images, seed)
     elif any("corruptions" in s["task"] for s in wanted.values()):  # checked before anything is computed
@@ -197,9 +197,11 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
             yield title, corruptions.batch_losses(model, views, train_images, few, knobs["batch_size"],
                                                   knobs["temperature"], seed, name), {}
         elif s["task"] == "probe":
-            sets = [(train_images, train_rows, train_labels), (images, rows, labels)]
-            yield title, corruptions.probe(model.encoder, sets, knobs["image_size"],
-                                           data.STATISTICS[knobs["dataset"]], device, seed, name), {}
+            look = knobs["image_size"], data.STATISTICS[knobs["dataset"]], device, name
+            x, val_x = (corruptions.features(model.encoder, *which, *look)
+                        for which in ((train_images, train_rows), (images, rows)))
+            y, val_y = train_labels[train_rows].to(device), labels[rows].to(device)
+            yield title, corruptions.probe(x, y, val_x, val_y, seed, name), {}
         else:
             few = rows[data.limit_indices(labels[rows], min(s["images"] or len(rows), len(rows)))]
             ranks = corruptions.own_versions(model, views, few, corrupted, seed, name)  # [5, 2, n, C]
@@ -215,7 +217,7 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run
     settings, folder = plan(run, knobs), cli.expand(knobs["data_dir"] or run.knobs["data_dir"])
     path, began = run.folder / "results.json", time.perf_counter()
     try:
-        val = load(run, "val", corruptions.clean_folder(folder), settings["two views"]["limit"])
+        val = load(run, "val", folder, settings["two views"]["limit"])
         some = val[0][val[2][::max(1, len(val[2]) // 256)]]
         images = data.digest(some.numpy().tobytes() + val[1][val[2]].numpy().tobytes())
         code = data.digest(b"".join(Path(__file__).with_name(f"{x}.py").read_bytes() for x in MADE_BY))
