@@ -40,9 +40,8 @@ class Run(NamedTuple):
     knobs: dict      # of config.json
     made_by: dict    # result.json: commit, device, versions and more
     log: list[dict]  # a line an epoch
-    # By title of a table: images, their number; images_digest; values, by score in 0 to 1 of each image
-    # [images] or the mean alone [1], the first being what runs are judged by, of an image the mean of
-    # `parts` zeros and ones; scores, {"mean": of each}.
+    # By title of a table: images, their number; images_digest; values by score, in 0 to 1, of each image
+    # [images] or the mean alone [1], the first, of `parts` zeros and ones, judges; scores, {"mean": of each}.
     scores: dict[str, dict] = {}
 
 
@@ -50,16 +49,14 @@ def read_runs(words: list[str]) -> list[Run]:
     """The finished runs in these folders, or in those that match a pattern with * ? [. Raises Stop."""
     if not words:
         raise Stop("name the folders of finished runs, for example: python retrieval.py runs/quick-*")
-    folders, runs = {}, []
+    folders, runs = [], []
     for word in words:
         path = cli.expand(word)
-        found = [path]
-        if glob.has_magic(word) and not path.is_dir():
-            found = [x for x in map(Path, sorted(glob.glob(str(path)))) if x.is_dir()]
+        found = sorted(glob.glob(f"{path}/")) if glob.has_magic(word) and not path.is_dir() else [path]
         if not found:
             raise Stop(f"{word} matches no folder: give folders that hold a result.json")
-        folders |= {x.resolve(): x for x in found}
-    for folder in folders.values():
+        folders += map(Path, found)
+    for folder in folders:
         try:
             config, made_by = (json.loads((folder / x).read_text()) for x in ("config.json", "result.json"))
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -160,8 +157,7 @@ def interval(groups: list[np.ndarray]) -> tuple[float, float, float]:
 
 
 def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Mean x less mean y for interval(), of scores [n] by seed: paired by common seeds, two or all of
-    one's."""
+    """Mean x less mean y for interval(), of scores [n] by seed: paired by two common seeds or all of one's."""
     common = sorted(x.keys() & y.keys())
     if len(common) > 1 or common and min(len(x), len(y)) == 1:
         return [np.stack([x[s] - y[s] for s in common])]
@@ -235,8 +231,7 @@ def table_text(rows: list[dict]) -> str:
 
 # -------------------------------------------------------------------------------- along training
 def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
-    """By group, from log.jsonl: seeds; R1 [S][E]; steps [E], and seconds of training and selecting, the mean
-    over seeds, as how they differ is the machine's doing."""
+    """By group, from log.jsonl: seeds; R1 [S][E]; steps [E]; seconds in all [E], the mean over seeds."""
     found = {}
     for group, members in groups.items():
         logs = [{line["step"]: line for line in runs[i].log} for i in members]
@@ -253,8 +248,8 @@ def first_at(target: float, y: np.ndarray, x: list[float]) -> float | None:
     hit = np.flatnonzero(y >= target)
     if not len(hit):
         return None
-    i = max(hit[0], 1)
-    return float(x[0] if hit[0] == 0 else np.interp(target, y[i - 1:i + 1], x[i - 1:i + 1]))
+    i = hit[0]
+    return float(np.interp(target, y[i - 1:i + 1], x[i - 1:i + 1]) if i else x[0])
 
 
 def cost(found: dict[str, dict], target: float | None) -> list[dict]:
@@ -263,14 +258,13 @@ def cost(found: dict[str, dict], target: float | None) -> list[dict]:
     which the whole run counts where it does not reach it; and "gain", with its interval over several seeds,
     R@1 after the baseline's seconds (or at its end, where that is sooner) less that of the baseline."""
     baseline = next(iter(found.values()))
-    means, rows = {name: np.mean(group["R1"], 0) for name, group in found.items()}, []
-    base = next(iter(means.values()))
+    base, rows = np.mean(baseline["R1"], 0), []
     target = target or float(base[-1])
     ends = {seed: np.array(r[-1:]) for seed, r in zip(baseline["seeds"], baseline["R1"])}
     for name, group in found.items():
         row = {"group": name, "seeds": len(group["seeds"]), "target": target}
         for axis in ("steps", "seconds"):
-            row[axis] = first_at(target, means[name], group[axis])
+            row[axis] = first_at(target, np.mean(group["R1"], 0), group[axis])
             other = first_at(target, base, baseline[axis]) or baseline[axis][-1]
             row[f"{axis}_ratio"] = None if row[axis] is None else row[axis] / other
         after = {seed: np.array([np.interp(baseline["seconds"][-1], group["seconds"], r, left=np.nan)])
@@ -296,7 +290,7 @@ def cost_text(rows: list[dict]) -> str:
 
 def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     """R@1 against steps and seconds; a line is the mean over seeds, a band from the lowest to the highest.
-    samplers: of each group, for its colour."""
+    samplers: of each group."""
     figure, axes = cli.canvas(1, 2, 7.2, 3.0, sharey=True)
     for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
         style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
@@ -331,8 +325,7 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
     for title in [x for x in runs[0].scores if all(x in run.scores for run in runs)]:
         for run in runs:
             if run.scores[title]["images_digest"] != runs[0].scores[title]["images_digest"]:
-                raise Stop(f"{run.folder} and {runs[0].folder} were evaluated on different images: give one "
-                           "--data-dir for all")
+                raise Stop(f"{run.folder} and {runs[0].folder} saw different images: give one --data-dir")
         rows = record[title] = table(title, runs, groups)
         over = "seeds and images" if max(row["seeds"] for row in rows) > 1 else "images"
         cli.say(f"\n{title}, {rows[0]['images']:,} images; 95 % intervals over {over}\n\n{table_text(rows)}")

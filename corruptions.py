@@ -1,11 +1,10 @@
 """Further questions to a trained network, which retrieval.py asks: the partner among an image's own corrupted
 versions (--corruptions), how hard batches are for it (--histograms), what its features are worth (--probe).
 
-    corrupted = official("cifar100", Path("data"), labels, 32)   # a published set; or built_in(images, seed)
-    pictures = corrupted(rows, severity=3)                       # uint8 [len(rows), C, 3, H, W]
+    corrupted = official("cifar100", Path("data"), 10_000, 32)   # a published set; or built_in(images, seed)
+    pictures = corrupted(rows, severity=3)         # uint8 [len(rows), C, 3, H, W] of validation images `rows`
 
-are the versions of the validation images `rows` by the C corruptions at severity 1 to 5. Scores on our own
-compare with one another alone, never with those of the -C sets: they are similar in kind, not in strength.
+Scores on our own corruptions compare with one another alone: the -C sets are similar in kind, not in strength.
 """
 import io
 import os
@@ -35,18 +34,14 @@ SEVERITIES = range(1, 6)
 
 
 def official(dataset: str, data_dir: Path, n: int, size: int) -> Callable:
-    """corrupted(rows, severity) of the -C set in data_dir, after a check of its layout.
+    """corrupted(rows, severity) of the -C set of cifar100 or tinyimagenet in data_dir.
 
-    dataset: cifar100 or tinyimagenet. n: images of the whole validation split. size: side to which
-    Tiny-ImageNet-C's JPEGs are brought. CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or
-    OSError, with one line, for a set that is absent or not complete. """
+    n: images of the whole validation split. size: side to which Tiny-ImageNet-C's JPEGs are brought.
+    CIFAR-100-C stays on the disk, memory-mapped. Raises ValueError or OSError, with one line. """
     name, url = OFFICIAL[dataset]
     folder = (data_dir.parent if data_dir.is_file() else data_dir) / name  # beside a zip of the clean images
-    names = [f"{name}.npy" for name in CIFAR] if dataset == "cifar100" else TINY
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: unpack {url} there, or give "
-                                "--corruptions built-in")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no {folder}: unpack {url} there, or give --corruptions built-in")
     return cifar_c(folder, n) if dataset == "cifar100" else tiny_c(folder, data_dir, n, size)
 
 
@@ -88,6 +83,10 @@ def tiny_c(folder: Path, clean: Path, n: int, size: int) -> Callable:
 # -------------------------------------------------------------------------------- built in
 # Functions of x [n, 3, S, S], float32 in 0 to 1, a strength and a generator give corrupted images, which are
 # then cut to 0 to 1. Lengths are parts of an image's side, so that they mean the same at every size.
+def normal(x: Tensor, g: Generator) -> Tensor:
+    return torch.randn(x.shape, generator=g)
+
+
 def impulse_noise(x: Tensor, share: float, g: Generator) -> Tensor:
     u = torch.rand(x.shape, generator=g)
     return torch.where(u < share, (u < share / 2).float(), x)
@@ -147,11 +146,10 @@ def jpeg(x: Tensor, quality: int, g: Generator) -> Tensor:
 
 
 BUILT_IN = {  # name: (function, its strength at severity 1 to 5)
-    "gaussian_noise": (lambda x, s, g: x + s * torch.randn(x.shape, generator=g), (0.04, 0.07, 0.1, 0.14, 0.2)),
+    "gaussian_noise": (lambda x, s, g: x + s * normal(x, g), (0.04, 0.07, 0.1, 0.14, 0.2)),
     "shot_noise": (lambda x, s, g: torch.poisson(x * s, generator=g) / s, (300, 120, 60, 30, 15)),
     "impulse_noise": (impulse_noise, (0.01, 0.03, 0.06, 0.1, 0.16)),
-    "speckle_noise": (lambda x, s, g: x + x * s * torch.randn(x.shape, generator=g),
-                      (0.08, 0.14, 0.2, 0.3, 0.45)),
+    "speckle_noise": (lambda x, s, g: x + x * s * normal(x, g), (0.08, 0.14, 0.2, 0.3, 0.45)),
     "gaussian_blur": (gaussian_blur, (0.012, 0.018, 0.026, 0.037, 0.052)),
     "motion_blur": (motion_blur, (0.06, 0.1, 0.15, 0.21, 0.3)),
     "zoom_blur": (zoom_blur, (0.08, 0.14, 0.22, 0.32, 0.45)),
@@ -172,7 +170,8 @@ def built_in(images: Tensor, seed: int) -> Callable:
         # torch's CPU generator keeps 32 bits of a seed; the same draws at every severity.
         mixed = np.random.SeedSequence([seed, int(rows[0])]).generate_state(1)
         generator, x = Generator().manual_seed(int(mixed[0])), images[rows].float() / 255
-        versions = [function(x, strength[severity - 1], generator) for function, strength in BUILT_IN.values()]
+        versions = [function(x, strengths[severity - 1], generator)
+                    for function, strengths in BUILT_IN.values()]
         return torch.stack([(255 * x).round_().clamp_(0, 255).byte() for x in versions], 1)
     return corrupted
 
@@ -218,28 +217,22 @@ def batch_losses(model: nn.Module, views: Callable, images: Tensor, rows: Tensor
 
 def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
     """Histograms of what batch_losses() gave, of each run by its name."""
-    columns = min(3, len(losses))
-    lines = -(-len(losses) // columns)
-    figure, axes = cli.canvas(lines, columns, 2.4 * columns, 0.6 + 1.6 * lines)
+    figure, axes = cli.canvas(len(losses), 1, 5, 0.6 + 1.6 * len(losses))
     for axis, (name, found) in zip(axes.flat, losses.items()):
         bins = np.histogram_bin_edges(np.concatenate([*found.values()]), 30)
         for kind, x in found.items():
             axis.hist(x, bins, color=cli.COLOURS[kind], alpha=0.6, label=kind)
         axis.set(title=name, xlabel="NT-Xent of a batch", ylabel="batches")
-    for axis in axes.flat[len(losses):]:
-        axis.set_axis_off()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    axes[0, 0].legend()
     return figure
 
 
 @torch.no_grad()
 def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, statistics: tuple,
-             device: torch.device, name: str) -> Tensor:
+             device: torch.device) -> Tensor:
     """encoder's [n, d], float32, of images[rows] as they are, brought to size x size and normalised."""
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in statistics)
-    found, tick = [], cli.progress(name, len(rows), "images")
-    for i, part in enumerate(rows.split(256)):
-        tick(256 * i)
+    (mean, std), found = (torch.tensor(x, device=device)[:, None, None] for x in statistics), []
+    for part in rows.split(256):
         x = F.interpolate(images[part].to(device) / 255, (size, size), mode="bilinear", antialias=True)
         found.append(encoder(((x - mean) / std).contiguous(memory_format=torch.channels_last)).float())
     return torch.cat(found)
@@ -274,13 +267,13 @@ def probe(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, seed: int, name: s
             return value
         optimizer.step(loss)
         return weight.detach()
-    held, rest = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(x.device).tensor_split(
-        [max(1, len(x) // 5)])
+    order = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(x.device)
+    held, rest = order.tensor_split([max(1, len(x) // 5)])
     weight, right, tick = x.new_zeros(classes, x.shape[1] + 1), {}, cli.progress(name, 6, "fits")
     for i, l2 in enumerate((0.3, 0.1, 0.03, 0.01, 0.003), 1):  # from strong to weak, each from the last
         weight = fit(x[rest], y[rest], l2, weight)
         right[l2] = (logits(x[held], weight).argmax(1) == y[held]).float().mean().item()
         tick(i)
     linear = logits(val_x, fit(x, y, max(right, key=right.get), weight)).argmax(1)
-    found = {"linear": linear, "knn": torch.cat(knn)}
-    return {kind: (x == val_y)[None].cpu().numpy() for kind, x in found.items()}
+    return {"linear": (linear == val_y)[None].cpu().numpy(),
+            "knn": (torch.cat(knn) == val_y)[None].cpu().numpy()}

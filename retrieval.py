@@ -74,16 +74,14 @@ def partner_ranks(u: Tensor, v: Tensor, cosine: bool = True) -> Tensor:
     rows = max(1, 2 ** 23 // n)
     scratch, ones = u.new_empty(2, min(rows, n), n), u.new_ones(n)
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False  # too coarse
-    try:
-        # One product serves both directions; counting by products is faster than by sums.
-        for i in range(0, n, rows):
-            s, nearer = scratch[:, :len(u[i:i + rows])]
-            torch.mm(u[i:i + rows], v.T, out=s)
-            torch.ge(s, bound[i:i + rows, None], out=nearer)
-            ranks[0, i:i + rows] = nearer @ ones
-            ranks[1] += ones[:len(s)] @ s.ge_(bound)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    # One product serves both directions; counting by products is faster than by sums.
+    for i in range(0, n, rows):
+        s, nearer = scratch[:, :len(u[i:i + rows])]
+        torch.mm(u[i:i + rows], v.T, out=s)
+        torch.ge(s, bound[i:i + rows, None], out=nearer)
+        ranks[0, i:i + rows] = nearer @ ones
+        ranks[1] += ones[:len(s)] @ s.ge_(bound)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     return ranks.long().clamp(min=1)
 
 
@@ -119,8 +117,7 @@ def load_checkpoint(path: Path, knobs: dict) -> ContrastiveModel:
 
 
 def load(run: compare.Run, split: str, folder: Path, limit: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Images and labels of a split of the run's data, and the rows of `limit` of them, spread over the
-    classes."""
+    """Images and labels of a split of the run's data; rows of `limit` of them, spread over the classes."""
     knobs, number = run.knobs, {"num_images": limit} if limit else {}
     images, labels = data.load(knobs["dataset"], split, folder, source_size=knobs["source_size"],
                                skip_broken=knobs["skip_broken"], **number)
@@ -197,7 +194,7 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
             yield title, corruptions.batch_losses(model, views, train_images, few, knobs["batch_size"],
                                                   knobs["temperature"], seed, name), {}
         elif s["task"] == "probe":
-            look = knobs["image_size"], data.STATISTICS[knobs["dataset"]], device, name
+            look = knobs["image_size"], data.STATISTICS[knobs["dataset"]], device
             x, val_x = (corruptions.features(model.encoder, *which, *look)
                         for which in ((train_images, train_rows), (images, rows)))
             y, val_y = train_labels[train_rows].to(device), labels[rows].to(device)
@@ -222,11 +219,8 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run
         images = data.digest(some.numpy().tobytes() + val[1][val[2]].numpy().tobytes())
         code = data.digest(b"".join(Path(__file__).with_name(f"{x}.py").read_bytes() for x in MADE_BY))
         made_from = [(run.folder / "checkpoint.pt").stat().st_mtime_ns, code]
-        try:
-            kept = json.loads(path.read_text())
-            kept = kept["scores"] if kept["made_from"] == made_from else {}
-        except (OSError, ValueError, LookupError, TypeError):
-            kept = {}
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = kept["scores"] if kept.get("made_from") == made_from else {}
         keys = {title: " ".join(f"{name}={x}" for name, x in {**s, "images_digest": images}.items())
                 for title, s in settings.items()}
         missing = {title: s for title, s in settings.items() if keys[title] not in kept}
@@ -261,19 +255,16 @@ def main(argv: list[str]) -> None:
               "baseline": next(iter(groups)),
               "groups": {group: [str(runs[i].folder) for i in members] for group, members in groups.items()}}
     record |= compare.show(runs, groups, knobs["target"], out / "curve" if knobs["curve"] else None)
-    written = [out / "curve.png"] * knobs["curve"] + [out / "retrieval.json"]
     if knobs["histograms"]:
         of_runs = {f"{group}, seed {runs[i].knobs['seed']}": losses[i]["values"]
                    for group, members in groups.items() for i in members}
         cli.save_figure(corruptions.draw_histograms(of_runs), out / "histograms")
         record["histograms"] = {name: {kind: [round(x, 4) for x in own[kind].tolist()] for kind in own}
                                 for name, own in of_runs.items()}
-        written.insert(0, out / "histograms.png")
     cli.write_atomically(out / "retrieval.json", json.dumps(record, indent=1).encode())
     if knobs["export"]:
-        written.append(cli.expand(knobs["export"]))
-        cli.write_atomically(written[-1], compare.export(runs))
-    cli.say(f"\n{', '.join(map(str, written))}")
+        cli.write_atomically(cli.expand(knobs["export"]), compare.export(runs))
+    cli.say(f"\n{out / 'retrieval.json'}, figures beside it")
 
 
 if __name__ == "__main__":
