@@ -157,7 +157,7 @@ def interval(groups: list[np.ndarray]) -> tuple[float, float, float]:
 
 
 def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Mean x less mean y for interval(), of scores [n] by seed: paired by two common seeds or all of one's."""
+    """Mean x less mean y for interval(), of scores [n] by seed: paired by two common seeds, or one's only."""
     common = sorted(x.keys() & y.keys())
     if len(common) > 1 or common and min(len(x), len(y)) == 1:
         return [np.stack([x[s] - y[s] for s in common])]
@@ -168,7 +168,7 @@ def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.nd
 # -------------------------------------------------------------------------------- tables
 def table(title: str, runs: list[Run], groups: dict[str, list[int]]) -> list[dict]:
     """A row for each group: its scores with intervals, and the first score less that of the first group."""
-    images, names = runs[0].scores[title]["images"], list(runs[0].scores[title]["values"])
+    images, names = runs[0].scores[title]["images"], [x for x in runs[0].scores[title]["values"] if x in NAMES]
     by_seed = {group: {runs[i].knobs["seed"]: runs[i].scores[title]["values"] for i in members}
                for group, members in groups.items()}
     rows = []

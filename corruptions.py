@@ -4,7 +4,7 @@ versions (--corruptions), how hard batches are for it (--histograms), what its f
     corrupted = official("cifar100", Path("data"), 10_000, 32)   # a published set; or built_in(images, seed)
     pictures = corrupted(rows, severity=3)         # uint8 [len(rows), C, 3, H, W] of validation images `rows`
 
-Scores on our own corruptions compare with one another alone: the -C sets are similar in kind, not in strength.
+Scores on our own corruptions compare with one another alone: the -C sets have other strengths.
 """
 import io
 import os
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor, nn
+from torchvision.transforms.functional import normalize
 
 import cli
 import data
@@ -228,13 +229,14 @@ def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, statistics: tuple,
+def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, mean: tuple, std: tuple,
              device: torch.device) -> Tensor:
     """encoder's [n, d], float32, of images[rows] as they are, brought to size x size and normalised."""
-    (mean, std), found = (torch.tensor(x, device=device)[:, None, None] for x in statistics), []
+    found = []
     for part in rows.split(256):
         x = F.interpolate(images[part].to(device) / 255, (size, size), mode="bilinear", antialias=True)
-        found.append(encoder(((x - mean) / std).contiguous(memory_format=torch.channels_last)).float())
+        x = normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
+        found.append(encoder(x).float())
     return torch.cat(found)
 
 
@@ -251,7 +253,7 @@ def probe(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, seed: int, name: s
         votes = part.new_zeros(len(part), classes).scatter_add_(1, y[index], (cosine / 0.07).exp())
         knn.append(votes.argmax(1))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, val_x = ((z - mean) / std for z in (x, val_x))
+    x, val_x = (x - mean) / std, (val_x - mean) / std
 
     def logits(x: Tensor, weight: Tensor) -> Tensor:  # [classes, d + 1], the last column the biases
         return F.linear(x, weight[:, :-1], weight[:, -1])

@@ -32,8 +32,8 @@ from model import ContrastiveModel, embed
 
 KNOBS = {
     "data_dir": (None, str, "folder of the data, and of the -C sets (default: the run's own)"),
-    "limit": (None, "int >= 2 <= 10000000", "validation images of the two-view task, spread over the classes "
-              "(default: all; deadleaves makes 1000, or as many as are asked for)"),
+    "limit": (None, "int >= 2 <= 10000000", "validation images, spread over the classes (default: all; of "
+              "deadleaves 1000)"),
     "repeats": (3, "int >= 1 <= 1000", "draws of the two views"),
     "corruptions": (None, ("built-in", "official"), "also find the partner among an image's own corrupted "
                     "versions. built-in: fourteen of ours; official: CIFAR-100-C or Tiny-ImageNet-C"),
@@ -85,23 +85,18 @@ def partner_ranks(u: Tensor, v: Tensor, cosine: bool = True) -> Tensor:
     return ranks.long().clamp(min=1)
 
 
-def rank_metrics(ranks: np.ndarray) -> dict[str, float]:
-    """retrieval_metrics of ranks [..., 2, N], means over draws of the views."""
-    found = {}
-    for name, r in zip(("u2v", "v2u"), np.moveaxis(ranks, -2, 0)):
-        found |= {f"{name}_R{k}": (r <= k).mean() for k in (1, 5, 10)}
-        found |= {f"{name}_mean_rank": r.mean(), f"{name}_median_rank": np.median(r, axis=-1).mean(),
-                  f"{name}_mrr": (1 / r).mean()}
-    return {name: float(x) for name, x in found.items()}
-
-
 def retrieval_metrics(u: Tensor, v: Tensor) -> dict[str, float]:
     """How well the partner of each row is found among all rows of the other view, by cosine similarity.
 
     Returns u2v_R1, u2v_R5, u2v_R10 (shares between 0 and 1), u2v_mean_rank, u2v_median_rank (from 1; the
     mean of the middle two where N is even), u2v_mrr (mean reciprocal rank), and the same with v2u_.  Ties
     count against the model.  u, v and errors: see partner_ranks. """
-    return rank_metrics(partner_ranks(u, v).cpu().numpy())
+    found = {}
+    for name, r in zip(("u2v", "v2u"), partner_ranks(u, v).cpu().numpy()):
+        found |= {f"{name}_R{k}": (r <= k).mean() for k in (1, 5, 10)}
+        found |= {f"{name}_mean_rank": r.mean(), f"{name}_median_rank": np.median(r),
+                  f"{name}_mrr": (1 / r).mean()}
+    return {name: float(x) for name, x in found.items()}
 
 
 # -------------------------------------------------------------------------------- a run's scores
@@ -122,13 +117,6 @@ def load(run: compare.Run, split: str, folder: Path, limit: int | None) -> tuple
     images, labels = data.load(knobs["dataset"], split, folder, source_size=knobs["source_size"],
                                skip_broken=knobs["skip_broken"], **number)
     return images, labels, data.limit_indices(labels, min(limit or len(images), len(images)))
-
-
-def views_by(run: compare.Run, device: torch.device) -> Callable:
-    """views(images, generator): views_of, as the run's training made them."""
-    mean, std = data.STATISTICS[run.knobs["dataset"]]
-    return functools.partial(views_of, mean=mean, std=std, device=device, size=run.knobs["image_size"],
-                             crop_scale=run.knobs["crop_scale"], jitter=run.knobs["jitter"])
 
 
 def recalibrate(model: nn.Module, batches) -> None:
@@ -158,10 +146,12 @@ def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
 
 
 def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
-            device: torch.device) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, float]]]:
-    """Of each of the settings `wanted` the title; values [m, n] of n images, by score, whose means are the
-    scores, the first of zeros and ones; and further means. val: load() of the validation images in folder."""
-    knobs, views = run.knobs, views_by(run, device)
+            device: torch.device) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Title and values [m, n] of n images, by score, whose means are the scores, the first of zeros and ones,
+    of each of the settings `wanted`. val: load() of the validation images in folder."""
+    knobs, (mean, std) = run.knobs, data.STATISTICS[run.knobs["dataset"]]
+    views = functools.partial(views_of, mean=mean, std=std, device=device, size=knobs["image_size"],
+                              crop_scale=knobs["crop_scale"], jitter=knobs["jitter"])
     model = load_checkpoint(run.folder / "checkpoint.pt", knobs).to(device, memory_format=torch.channels_last)
     images, labels, rows = val
     seed, recalibrated = next(iter(wanted.values()))["seed"], 0
@@ -180,32 +170,31 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
             recalibrate(model, (tick(i) or view(train_rows[order[:knobs["batch_size"]]].repeat(2))
                                 for i, order in enumerate(orders)))
         if s["task"] == "two views":
-            ranks, first, tick = [], [], cli.progress(name, s["repeats"] * len(rows), "images")
+            found, first, tick = [], [], cli.progress(name, s["repeats"] * len(rows), "images")
             for repeat in range(s["repeats"]):
                 u, v = embed(model, views(images, torch.Generator().manual_seed(1000 * seed + repeat)), rows,
                              on_chunk=lambda done: tick(repeat * len(rows) + done))
-                ranks.append(partner_ranks(u, v).cpu().numpy())
-                first.append((partner_ranks(u, v, cosine=False) == 1).cpu().numpy())
-            r = np.concatenate(ranks)  # [2 repeats, n]
-            yield title, {**{f"R{k}": r <= k for k in (1, 5, 10)}, "mrr": 1 / r,
-                          "R1_inner_product": np.concatenate(first)}, rank_metrics(np.stack(ranks))
+                found.append(partner_ranks(u, v))
+                first.append(partner_ranks(u, v, cosine=False) == 1)
+            r, first = (torch.cat(x).cpu().numpy() for x in (found, first))  # [2 repeats, n]
+            yield title, {**{f"R{k}": r <= k for k in (1, 5, 10)}, "mrr": 1 / r, "R1_inner_product": first,
+                          "rank": r}
         elif s["task"] == LOSSES:
             few = train_rows[data.limit_indices(train_labels[train_rows], max(MOST, knobs["batch_size"]))]
             yield title, corruptions.batch_losses(model, views, train_images, few, knobs["batch_size"],
-                                                  knobs["temperature"], seed, name), {}
+                                                  knobs["temperature"], seed, name)
         elif s["task"] == "probe":
-            look = knobs["image_size"], data.STATISTICS[knobs["dataset"]], device
-            x, val_x = (corruptions.features(model.encoder, *which, *look)
+            x, val_x = (corruptions.features(model.encoder, *which, knobs["image_size"], mean, std, device)
                         for which in ((train_images, train_rows), (images, rows)))
             y, val_y = train_labels[train_rows].to(device), labels[rows].to(device)
-            yield title, corruptions.probe(x, y, val_x, val_y, seed, name), {}
+            yield title, corruptions.probe(x, y, val_x, val_y, seed, name)
         else:
             few = rows[data.limit_indices(labels[rows], min(s["images"] or len(rows), len(rows)))]
             ranks = corruptions.own_versions(model, views, few, corrupted, seed, name)  # [5, 2, n, C]
             by_severity = np.moveaxis(ranks, 2, -1).reshape(5, -1, len(few))
             r = by_severity.reshape(-1, len(few))
             yield title, {"R1": r == 1, **{f"severity_{i}": x == 1 for i, x in enumerate(by_severity, 1)},
-                          "mrr": 1 / r}, {}
+                          "mrr": 1 / r}
 
 
 def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run:
@@ -226,9 +215,9 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run
         missing = {title: s for title, s in settings.items() if keys[title] not in kept}
         if not missing:
             cli.say(f"{run.folder}: read from results.json")
-        for title, values, more in compute(run, missing, folder, val, device) if missing else ():
+        for title, values in compute(run, missing, folder, val, device) if missing else ():
             first, n = next(iter(values)), len(next(iter(values.values()))[0])
-            means = {name: float(x.mean(0).mean()) for name, x in values.items()} | more
+            means = {name: float(x.mean(0).mean()) for name, x in values.items()}
             what = f"{n:,} {'batches' if title == LOSSES else 'images'}: {compare.NAMES.get(first, first)}"
             kept[keys[title]] = {
                 "images": n, "images_digest": images, "parts": len(values[first]), **cli.provenance(device),
