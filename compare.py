@@ -7,6 +7,7 @@ The files come from retrieval.py --export, which compares runs by the same funct
 """
 import glob
 import gzip
+import itertools
 import json
 import math
 import sys
@@ -96,11 +97,8 @@ def read_file(path: Path) -> list[Run]:
 def group_runs(runs: list[Run]) -> dict[str, list[int]]:
     """Positions of the runs that differ in seed alone, by the knobs in which groups differ. Raises Stop."""
     for name in SAME_VIEWS:
-        for run in runs:
-            one, other = runs[0].knobs[name], run.knobs[name]
-            if one != other:
-                raise Stop(f"{runs[0].folder} has {name} {one} and {run.folder} {other}: they see other "
-                           "views, so give them apart")
+        if other := [run.folder for run in runs if run.knobs[name] != runs[0].knobs[name]]:
+            raise Stop(f"{runs[0].folder} and {other[0]} differ in {name}, so in views: give them apart")
     # What a run of an older commit has no word of counts as absent; a run may have been stopped or extended.
     knobs = [{name: x for name, x in {**run.knobs, "steps": run.log[-1]["step"]}.items()
               if name not in NOT_COMPARED and x not in (None, False)} for run in runs]
@@ -119,10 +117,9 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
             peers = alike
         name = ", ".join(words)
         named[name if name not in named else f"{name} ({len(named)})"] = members
-        for i, j in zip(members, members[1:]):
-            if runs[i].knobs["seed"] == runs[j].knobs["seed"]:
-                raise Stop(f"{runs[i].folder} and {runs[j].folder} are runs of the same settings and seed "
-                           f"{runs[i].knobs['seed']}: leave one out")
+        for one, other in itertools.pairwise(runs[i] for i in members):
+            if one.knobs["seed"] == other.knobs["seed"]:
+                raise Stop(f"{one.folder} and {other.folder} have the same settings and seed: leave one out")
     return named
 
 
@@ -132,7 +129,7 @@ def baseline_first(groups: dict[str, list[int]], runs: list[Run], name: str | No
         raise Stop(f"--baseline {name}: no such group{cli.nearest(name, groups)}")
     usual = [group for group, members in groups.items()
              if [runs[members[0]].knobs[x] for x in ("sampler", "objective")] == ["random", "simclr"]]
-    baseline = name or (usual or list(groups))[0]
+    baseline = name or [*usual, *groups][0]
     return {baseline: groups[baseline], **groups}
 
 
@@ -168,10 +165,10 @@ def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.nd
 # -------------------------------------------------------------------------------- tables
 def table(title: str, runs: list[Run], groups: dict[str, list[int]]) -> list[dict]:
     """A row for each group: its scores with intervals, and the first score less that of the first group."""
-    images, names = runs[0].scores[title]["images"], [x for x in runs[0].scores[title]["values"] if x in NAMES]
-    by_seed = {group: {runs[i].knobs["seed"]: runs[i].scores[title]["values"] for i in members}
-               for group, members in groups.items()}
-    rows = []
+    images = runs[0].scores[title]["images"]
+    names = [x for x in runs[0].scores[title]["values"] if x in NAMES]
+    by_seed, rows = {group: {runs[i].knobs["seed"]: runs[i].scores[title]["values"] for i in members}
+                     for group, members in groups.items()}, []
     for group, own in by_seed.items():
         row = {"group": group, "seeds": len(own), "images": images}
         for name in names:
@@ -181,12 +178,12 @@ def table(title: str, runs: list[Run], groups: dict[str, list[int]]) -> list[dic
                 low, high = interval([np.stack(values)])[1:]
                 row[f"{name}_interval"] = [max(0.0, low), min(1.0, high)]
         first = [{seed: x[names[0]] for seed, x in y.items()} for y in (own, by_seed[next(iter(groups))])]
-        row["difference"], *ends = interval(change := difference(*first))
-        row |= {"difference_interval": ends, "difference_seeds": min(map(len, change))}
-        # Another seed can turn what one seed shows, and what a handful of images show is chance.
-        settled = row["difference_seeds"] > 1 and images >= FEWEST
-        row["verdict"] = "better" if settled and ends[0] > 0 else "worse" if settled and ends[1] < 0 else \
-            "not settled"
+        mean, low, high = interval(change := difference(*first))
+        seeds = min(map(len, change))
+        row |= {"difference": mean, "difference_interval": [low, high], "difference_seeds": seeds,
+                "verdict": "better" if low > 0 else "worse" if high < 0 else "not settled"}
+        if seeds == 1 or images < FEWEST:  # another seed can turn it; few images show chance
+            row["verdict"] = "not settled"
         if not rows:
             row |= dict.fromkeys(x for x in row if x.startswith("difference")) | {"verdict": "baseline"}
         rows.append(row | {x: float(np.mean([runs[i].log[-1][x] for i in groups[group]]))

@@ -253,10 +253,7 @@ def probe(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, seed: int, name: s
         votes = part.new_zeros(len(part), classes).scatter_add_(1, y[index], (cosine / 0.07).exp())
         knn.append(votes.argmax(1))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, val_x = (x - mean) / std, (val_x - mean) / std
-
-    def logits(x: Tensor, weight: Tensor) -> Tensor:  # [classes, d + 1], the last column the biases
-        return F.linear(x, weight[:, :-1], weight[:, -1])
+    x, val_x = (F.pad((z - mean) / std, (0, 1), value=1) for z in (x, val_x))  # the last weights are biases
 
     def fit(x: Tensor, y: Tensor, l2: float, weight: Tensor) -> Tensor:
         weight = weight.clone().requires_grad_()
@@ -264,18 +261,17 @@ def probe(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, seed: int, name: s
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = F.cross_entropy(logits(x, weight), y) + l2 / 2 * weight[:, :-1].square().sum()
+            value = F.cross_entropy(x @ weight.T, y) + l2 / 2 * weight[:, :-1].square().sum()
             value.backward()
             return value
         optimizer.step(loss)
         return weight.detach()
     order = torch.randperm(len(x), generator=Generator().manual_seed(seed)).to(x.device)
     held, rest = order.tensor_split([max(1, len(x) // 5)])
-    weight, right, tick = x.new_zeros(classes, x.shape[1] + 1), {}, cli.progress(name, 6, "fits")
+    weight, right, tick = x.new_zeros(classes, x.shape[1]), {}, cli.progress(name, 6, "fits")
     for i, l2 in enumerate((0.3, 0.1, 0.03, 0.01, 0.003), 1):  # from strong to weak, each from the last
         weight = fit(x[rest], y[rest], l2, weight)
-        right[l2] = (logits(x[held], weight).argmax(1) == y[held]).float().mean().item()
+        right[l2] = ((x[held] @ weight.T).argmax(1) == y[held]).float().mean().item()
         tick(i)
-    linear = logits(val_x, fit(x, y, max(right, key=right.get), weight)).argmax(1)
-    return {"linear": (linear == val_y)[None].cpu().numpy(),
-            "knn": (torch.cat(knn) == val_y)[None].cpu().numpy()}
+    linear = (val_x @ fit(x, y, max(right, key=right.get), weight).T).argmax(1)
+    return {k: (z == val_y)[None].cpu().numpy() for k, z in (("linear", linear), ("knn", torch.cat(knn)))}

@@ -35,12 +35,11 @@ KNOBS = {
     "limit": (None, "int >= 2 <= 10000000", "validation images, spread over the classes (default: all; of "
               "deadleaves 1000)"),
     "repeats": (3, "int >= 1 <= 1000", "draws of the two views"),
-    "corruptions": (None, ("built-in", "official"), "also find the partner among an image's own corrupted "
-                    "versions. built-in: fourteen of ours; official: CIFAR-100-C or Tiny-ImageNet-C"),
+    "corruptions": (None, ("built-in", "official"), "also find the partner among an image's own corruptions, "
+                    "fourteen of ours or those of CIFAR-100-C or Tiny-ImageNet-C"),
     "corruption_limit": (None, "int >= 1 <= 10000000", "images of that task (default: all; deadleaves 40)"),
-    "probe": (False, bool, "also the encoder's features: accuracy of 20 neighbours, of a linear classifier"),
-    "recalibrate": (False, bool, "report everything also with batch norm's statistics taken anew from random "
-                    "training batches"),
+    "probe": (False, bool, "also accuracy by the encoder's features: a linear classifier, 20 neighbours"),
+    "recalibrate": (False, bool, "all of it also with batch norm's statistics anew from training batches"),
     "recalibrate_batches": (64, "int >= 1 <= 100000", "how many, of the run's batch size"),
     "histograms": (False, bool, "also the losses of random and of spectral batches of training images"),
     "seed": (0, "int >= 0 < 4294967296", "fixes views, corruptions and batches, the same for every run"),
@@ -58,10 +57,9 @@ MADE_BY = ("retrieval", "corruptions", "model", "augment", "data", "deadleaves",
 def partner_ranks(u: Tensor, v: Tensor, cosine: bool = True) -> Tensor:
     """Ranks from 1, int64 [2, N]: of v_i among all v by similarity with u_i, and of u_i among all u with v_i.
 
-    u, v: [N, D]; need not be normalised.  cosine=False: similarity is the inner product, as in the paper's
-    released script.  What is as near as the partner, up to rounding, counts as nearer.  N^2 D operations and
-    64 MB (float64: 128) besides copies of u and v.  Raises ValueError for unequal shapes or embeddings that
-    are not finite. """
+    u, v: [N, D].  cosine=False: similarity is the inner product, as in the paper's released script.  What is
+    as near as the partner, up to rounding, counts as nearer.  N^2 D operations and 64 MB (float64: 128)
+    besides copies of u and v.  Raises ValueError for unequal shapes or embeddings that are not finite. """
     if u.ndim != 2 or u.shape != v.shape or len(u) == 0:
         raise ValueError(f"u {tuple(u.shape)} and v {tuple(v.shape)}: give two [N, D] tensors of one shape")
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
@@ -126,19 +124,19 @@ def recalibrate(model: nn.Module, batches) -> None:
 
 def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
     """What is to be computed of a run: settings by the title of the table that the scores go to."""
-    dataset, quick = run.knobs["dataset"], run.knobs["dataset"] == "deadleaves"
+    dataset, name, quick = run.knobs["dataset"], knobs["corruptions"], run.knobs["dataset"] == "deadleaves"
     limit = knobs["limit"] or (1000 if quick else None)
     tasks = {"two views": {"repeats": knobs["repeats"]}}
-    if knobs["corruptions"]:
-        official = knobs["corruptions"] == "official"
-        if official and dataset not in corruptions.OFFICIAL:
-            raise Stop(f"--corruptions official: there is no published set of {dataset}; give --corruptions "
-                       "built-in")
-        name = corruptions.OFFICIAL[dataset][0] if official else "built-in"
+    if name == "official":
+        if dataset not in corruptions.OFFICIAL:
+            raise Stop(f"--corruptions official: there is none of {dataset}; give --corruptions built-in")
+        name = corruptions.OFFICIAL[dataset][0]
+    if name:
         tasks[f"corruptions, {name}"] = {"images": knobs["corruption_limit"] or (40 if quick else limit)}
     tasks |= {"probe": {}} if knobs["probe"] else {}
-    settings = {title: {"task": title, **own, "limit": limit, "seed": knobs["seed"], "recalibrate_batches": 0}
-                for title, own in (({LOSSES: {}} if knobs["histograms"] else {}) | tasks).items()}
+    common = {"limit": limit, "seed": knobs["seed"], "recalibrate_batches": 0}
+    settings = {LOSSES: {"task": LOSSES, **common}} if knobs["histograms"] else {}
+    settings |= {title: {"task": title, **own, **common} for title, own in tasks.items()}
     if knobs["recalibrate"]:
         batches = {"recalibrate_batches": knobs["recalibrate_batches"]}
         settings |= {f"{title}, recalibrated": settings[title] | batches for title in tasks}
@@ -177,7 +175,7 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
                 found.append(partner_ranks(u, v))
                 first.append(partner_ranks(u, v, cosine=False) == 1)
             r, first = (torch.cat(x).cpu().numpy() for x in (found, first))  # [2 repeats, n]
-            yield title, {**{f"R{k}": r <= k for k in (1, 5, 10)}, "mrr": 1 / r, "R1_inner_product": first,
+            yield title, {"R1": r <= 1, "R5": r <= 5, "R10": r <= 10, "mrr": 1 / r, "R1_inner_product": first,
                           "rank": r}
         elif s["task"] == LOSSES:
             few = train_rows[data.limit_indices(train_labels[train_rows], max(MOST, knobs["batch_size"]))]
