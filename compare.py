@@ -221,9 +221,8 @@ def table_text(rows: list[dict]) -> str:
             " ".join(f"{100 * row[name]:.1f}".rjust(len(x)) for name, x in zip(others, more))])
     if "severity_1" in others:  # no room
         lines = [line[:5] + line[6:] for line in lines]
-    cells = "".join(line[1] for line in lines[1:])
-    return aligned(lines) + "\n(n) seeds that the difference rests on" * ("(" in cells) + \
-        "\n* over images only: another seed can turn it" * ("*" in cells)
+    text = aligned(lines) + "\n(n) seeds that the difference rests on" * any("(" in x[1] for x in lines)
+    return text + "\n* over images only: another seed can turn it" * any("*" in x[1] for x in lines)
 
 
 # -------------------------------------------------------------------------------- along training
@@ -278,10 +277,9 @@ def cost_text(rows: list[dict]) -> str:
     lines = [["", "seeds", "steps", "ratio", "seconds", "ratio", "gain"]]
     for row in rows:
         line = [row["group"], str(row["seeds"])]
-        for axis in ("steps", "seconds"):
-            x, ratio = row[axis], row[f"{axis}_ratio"]
-            line += ["never", ""] if x is None else [f"{x:,.0f}", "" if row is rows[0] else f"{ratio:.2f}"]
-        lines.append([*line, "" if row is rows[0] else plus_minus(row["gain"], row["gain_interval"], "+.1f")])
+        for x, ratio in ((row[axis], row[f"{axis}_ratio"]) for axis in ("steps", "seconds")):
+            line += ["never", ""] if x is None else [f"{x:,.0f}", f"{ratio:.2f}"]
+        lines.append([*line, plus_minus(row["gain"], row["gain_interval"], "+.1f")])
     return aligned(lines)
 
 
@@ -289,15 +287,14 @@ def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     """R@1 against steps and seconds; a line is the mean over seeds, a band from the lowest to the highest.
     samplers: of each group."""
     figure, axes = cli.canvas(1, 2, 7.2, 3.0, sharey=True)
-    for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
-        style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
-        y, colour = 100 * np.array(x["R1"]), cli.COLOURS.get(sampler, "black")
-        for axis, at in zip(axes[0], ("steps", "seconds")):
+    for axis, at in zip(axes[0], ("steps", "seconds")):
+        for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
+            style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
+            y, colour = 100 * np.array(x["R1"]), cli.COLOURS.get(sampler, "black")
             axis.plot(x[at], y.mean(0), style, color=colour, label=group)
             axis.fill_between(x[at], y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
-    for axis, label in zip(axes[0], ("steps", "seconds of training and selecting")):
         axis.axhline(100 * target, color="black", linewidth=0.6, linestyle=":")
-        axis.set(xlabel=label)
+        axis.set(xlabel="steps" if at == "steps" else "seconds of training and selecting")
     axes[0, 0].set(ylabel="two-view R@1 (%)", title="line: mean over seeds; band: lowest to highest")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=min(4, len(found)))

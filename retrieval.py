@@ -1,8 +1,7 @@
 """What training was worth: retrieval of partner views, with uncertainty; runs compared on the same images.
 
     python retrieval.py runs/quick-*                           # a table; files in results/
-    python retrieval.py 'runs/*-seed?' --recalibrate --curve   # quoted globs will do; groups differ by seed
-    python retrieval.py runs/a runs/b --corruptions built-in --probe --histograms
+    python retrieval.py runs/* --recalibrate --curve --probe   # runs that differ in seed alone are a group
     python retrieval.py runs/a --corruptions official --data-dir data    # with a -C set in it
     python retrieval.py runs/* --export results/runs.json.gz   # for compare.py: the same again, no training
 
@@ -13,7 +12,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +123,8 @@ def recalibrate(model: nn.Module, batches) -> None:
 
 def plan(run: compare.Run, knobs: dict) -> dict[str, dict]:
     """What is to be computed of a run: settings by the title of the table that the scores go to."""
-    dataset, name, quick = run.knobs["dataset"], knobs["corruptions"], run.knobs["dataset"] == "deadleaves"
+    dataset, name = run.knobs["dataset"], knobs["corruptions"]
+    quick = dataset == "deadleaves"
     limit = knobs["limit"] or (1000 if quick else None)
     tasks = {"two views": {"repeats": knobs["repeats"]}}
     if name == "official":
@@ -211,14 +211,13 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run
         keys = {title: " ".join(f"{name}={x}" for name, x in {**s, "images_digest": images}.items())
                 for title, s in settings.items()}
         missing = {title: s for title, s in settings.items() if keys[title] not in kept}
-        if not missing:
-            cli.say(f"{run.folder}: read from results.json")
+        made_by = cli.provenance(device) if missing else cli.say(f"{run.folder}: read from results.json")
         for title, values in compute(run, missing, folder, val, device) if missing else ():
             first, n = next(iter(values)), len(next(iter(values.values()))[0])
             means = {name: float(x.mean(0).mean()) for name, x in values.items()}
             what = f"{n:,} {'batches' if title == LOSSES else 'images'}: {compare.NAMES.get(first, first)}"
             kept[keys[title]] = {
-                "images": n, "images_digest": images, "parts": len(values[first]), **cli.provenance(device),
+                "images": n, "images_digest": images, "parts": len(values[first]), **made_by,
                 "scores": {name: {"mean": x} for name, x in means.items()},
                 "values": {name: x.mean(0).tolist() for name, x in values.items()}}
             cli.write_atomically(path, json.dumps({"made_from": made_from, "scores": kept}).encode())

@@ -131,7 +131,7 @@ def test_probe_is_what_its_docstring_says():
     """Against loops over images for the neighbours, and scipy's optimiser for the linear classifier."""
     g = Generator().manual_seed(1)
     labels = torch.arange(600) % 3
-    features = (0.35 * torch.randn(3, 75, generator=g))[labels] + torch.randn(600, 75, generator=g)
+    features = (0.15 * torch.randn(3, 75, generator=g))[labels] + torch.randn(600, 75, generator=g)
     found = corruptions.probe(features[:300], labels[:300], features[300:], labels[300:], 0, "")
     near, linear = found["knn"][0], found["linear"][0]
     x, y = features.double().numpy(), labels.numpy()
@@ -162,7 +162,8 @@ def test_probe_is_what_its_docstring_says():
 
 
 def test_features_are_of_normalised_images_of_the_given_size():
-    images = torch.randint(0, 256, (5, 3, 1, 1), generator=Generator().manual_seed(0)).byte().expand(5, 3, 6, 6)
+    colours = torch.randint(0, 256, (5, 3, 1, 1), generator=Generator().manual_seed(0))
+    images = colours.byte().expand(5, 3, 6, 6)
     mean, std, rows = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), torch.tensor([3, 1])
     expected = (images[rows, :, 0, 0] / 255 - torch.tensor(mean)) / torch.tensor(std)
     for size in (6, 9):  # flat images stay as they are

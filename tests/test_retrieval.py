@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Generator, nn
+from torch import Generator
 
 import cli
 import compare
@@ -193,7 +193,8 @@ def test_scores_are_those_of_a_plain_loop(runs):
     for repeat in range(2):  # each draw has views of its own; the first is train.py's
         view = views_of(images, Generator().manual_seed(repeat), *look, *data.STATISTICS["deadleaves"], CPU)
         pair = [x.double().numpy() for x in embed(model, view, rows)]
-        for kind, (u, v) in ("cosine", [x / np.linalg.norm(x, axis=1, keepdims=True) for x in pair]), ("", pair):
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in pair]
+        for kind, (u, v) in ("cosine", unit), ("", pair):
             for a, b in ((u, v), (v, u)):
                 s = a @ b.T
                 ranks.setdefault(kind, []).append((s >= s.diagonal()[:, None] - 1e-9).sum(1))
@@ -222,9 +223,8 @@ def test_histograms_are_of_the_batches_of_the_samplers(runs, monkeypatch):
     run = compare.read_runs([str(runs / "osgd-1")])[0]
     run.knobs["temperature"] = 0.3
     os.utime(run.folder / "checkpoint.pt", ns=(1, 1))  # nothing that is kept counts
-    seen, asked, real, spectral = [], [], samplers.batch_losses, samplers.spectral_batches
+    seen, real = [], samplers.batch_losses
     monkeypatch.setattr(samplers, "batch_losses", lambda *x: [seen.append(x), real(*x)][1])
-    monkeypatch.setattr(samplers, "spectral_batches", lambda *x: [asked.append(x), spectral(*x)][1])
     monkeypatch.setattr(retrieval, "MOST", 48)
     monkeypatch.setattr(retrieval, "load_checkpoint", lambda *_: ContrastiveModel().eval())
     scores = retrieval.evaluate(run, PLAIN | {"limit": 64, "histograms": True}, CPU).scores
@@ -236,7 +236,7 @@ def test_histograms_are_of_the_batches_of_the_samplers(runs, monkeypatch):
             z = F.normalize(torch.cat([u[batch], v[batch]]), dim=1).double()
             s = (z @ z.T / 0.3).fill_diagonal_(-math.inf)
             assert loss == pytest.approx(F.cross_entropy(s, torch.arange(16).roll(8)).item(), rel=1e-5)
-    assert asked[0][2:5] == (8, 6, 0.3) and losses["spectral"].mean() > losses["random"].mean()
+    assert losses["spectral"].mean() > losses["random"].mean()
 
 
 def test_recalibration_sees_two_views_of_training_images(runs, monkeypatch):
@@ -263,7 +263,7 @@ def test_every_run_sees_the_same_views(runs, tmp_path):
     assert len(one) == 7 and one.keys() == two.keys()
     for title, found in one.items():
         assert found["images_digest"] == two[title]["images_digest"]
-        assert all(np.array_equal(x, two[title]["values"][name]) for name, x in found["values"].items()), title
+        assert all(np.array_equal(x, two[title]["values"][y]) for y, x in found["values"].items()), title
 
 
 def test_stale_results_are_made_anew(runs, tmp_path, capsys, monkeypatch):
@@ -325,13 +325,6 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, monkeypatch):
             ([run, "--corruptions", "official"], "built-in"), ([run, "--out", tmp_path / "file/x"], "--out"),
             ([run, twin(run, tmp_path / "other", crop_scale=0.2)], "crop_scale")):
         assert words in refusal(capsys, monkeypatch, *argv, *["--out", out] * ("--out" not in argv)), argv
-
-
-def test_a_folder_is_taken_as_it_is_named_before_it_is_a_pattern(runs, tmp_path):
-    for name in ("seed[1]", "seed1"):
-        twin(runs / "random-0", tmp_path / name)
-    assert [run.folder.name for run in compare.read_runs([str(tmp_path / "seed[1]")])] == ["seed[1]"]
-    assert [run.folder.name for run in compare.read_runs([str(tmp_path / "seed[0-9]")])] == ["seed1"]
 
 
 def test_official_corruptions_through_the_command(runs, tmp_path, monkeypatch):
