@@ -508,4 +508,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, "synthetic.py", "interrupted; --experiment NAME runs one of the rest"))
+    sys.exit(cli.run(main, "synthetic.py"))
