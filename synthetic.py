@@ -4,9 +4,8 @@
     python synthetic.py --quick                     # smaller, without what settles nothing then: a minute
     python synthetic.py --experiment toy --out DIR  # or another of EXPERIMENTS, at the end of this file
 
-Each writes NAME.json (settings, numbers, verdicts), NAME.png and NAME.pdf, and prints a line per claim: the
-verdict, which follows from the numbers alone, the claim, what was measured, its 95 % bootstrap interval
-over runs, and the closed form or bound. theory.py holds the closed forms, the gradient steps and the methods.
+Each writes NAME.json, NAME.png and NAME.pdf, and prints a line per claim: the verdict, which follows from the
+numbers alone, the claim, what was measured, its 95 % bootstrap interval over runs, the closed form or bound.
 """
 import itertools
 import json
@@ -20,10 +19,10 @@ import numpy as np
 import torch
 
 import cli
-from cli import COLOURS, Stop, canvas, progress
+from cli import COLOURS, canvas, progress
 from model import infonce
 from samplers import all_batches, batch_losses, spectral_batches
-from theory import (METHODS, angle_losses, claim, cross_polytope, cross_polytope_loss, descend, digits, etf,
+from theory import (METHODS, claim, cross_polytope, cross_polytope_loss, descend, digits, directions, etf,
                     etf_loss, evaluations, first_steps, growth, interval, least_matching, nearest, schedule,
                     speedup, start, toy_curves, train)
 
@@ -100,22 +99,28 @@ def toy(knobs: dict):
 
 def angle(knobs: dict):
     """Losses as u_1 turns, the others on a decagon: other values, same minimiser; N = 10, B = 2, d = 2."""
-    degrees = torch.arange(-180, 180.25, 0.25, dtype=torch.float64)
-    losses = {method: x.numpy() for method, x in angle_losses(degrees).items()}
-    full, ncb, fixed = least = [float(degrees[x.argmin()]) for x in losses.values()]
-    figure, axes = canvas(1, 3, 7.2, 2.3)
-    titles = "full batch of 10", "mean over all 45 batches of 2", "mean over 5 fixed batches of 2"
-    for axis, title, lowest, (method, x) in zip(axes[0], titles, least, losses.items()):
-        axis.plot(degrees, x, color=METHODS[method][1])
-        axis.axvline(lowest, color="black", linewidth=0.6, linestyle=":")
+    degrees, order = torch.arange(-180, 180.25, 0.25, dtype=torch.float64), torch.arange(10)
+    v = directions(order.double() * 36).repeat(len(degrees), 1, 1)
+    u = torch.cat([directions(degrees)[:, None], v[:, 1:]], 1)
+    figure, (axes,) = canvas(1, 3, 7.2, 2.3)
+    losses, least = {}, {}
+    for axis, method, title, batches in zip(
+            axes, ("full", "ncb", "fixed"), ("full batch of 10", "mean over all 45 batches of 2",
+                                             "mean over 5 fixed batches of 2"),
+            (order[None], all_batches(10, 2), order.view(5, 2))):
+        losses[method] = infonce(u[:, batches], v[:, batches]).mean(1)
+        least[method] = degrees[losses[method].argmin()].item()
+        axis.plot(degrees, losses[method], color=METHODS[method][1])
+        axis.axvline(least[method], color="black", linewidth=0.6, linestyle=":")
         axis.set(title=title, xlabel="angle of $u_1$ (degrees)", xticks=range(-180, 181, 90))
-    axes[0, 0].set_ylabel("loss (dotted: its minimum)")
-    claims = [claim("the full batch and all batches of 2 have the same minimiser", abs(full - ncb), (0, 0.25),
+    axes[0].set_ylabel("loss (dotted: its minimum)")
+    claims = [claim("the full batch and all batches of 2 have the same minimiser",
+                    abs(least["full"] - least["ncb"]), (0, 0.25),
                     "angle between their minima in degrees <= 0.25, the grid's step"),
               claim("the full batch's loss has other values than the mean of all batches of 2",
-                    float((losses["full"] - losses["ncb"]).min()), (0.1, inf), "least difference >= 0.1"),
-              claim("fixed disjoint batches have another minimiser", abs(full - fixed), (1, inf),
-                    "angle to the full batch's in degrees >= 1")]
+                    (losses["full"] - losses["ncb"]).min().item(), (0.1, inf), "least difference >= 0.1"),
+              claim("fixed disjoint batches have another minimiser", abs(least["full"] - least["fixed"]),
+                    (1, inf), "angle to the full batch's in degrees >= 1")]
     return claims, [{"degrees": degrees.tolist()} | {m: x.tolist() for m, x in losses.items()}], figure
 
 
@@ -165,25 +170,27 @@ def optima_claims(numbers: list[dict], ratio: float, name: str, form: str) -> li
     def runs_of(method: str, key: str, largest: int = 8) -> np.ndarray:  # [settings, R]
         return np.array([x[key] for x in numbers if x["method"] == method and x["d"] == ratio * x["n"]
                          and x["batch_size"] <= min(largest, x["n"] - 1)])  # B = N is the full batch
-    far, above = ({method: runs_of(method, key) for method in METHODS}
-                  for key in ("relative_distance", "above_optimum"))
-    claims, fixed = [], METHODS["fixed"][0]
+    far = {method: runs_of(method, "relative_distance") for method in METHODS}
+    own = np.abs(runs_of("fixed", "pairs_above_own_optimum", 2))
+    claims = []
     for method in ("full", "ncb"):
-        claims += [claim(f"{METHODS[method][0]}: ends at the {name}", far[method].max(0), (0, 0.05),
+        label, above = METHODS[method][0], np.abs(runs_of(method, "above_optimum"))
+        claims += [claim(f"{label}: ends at the {name}", far[method].max(0), (0, 0.05),
                          "relative distance <= 0.05 at every N, B"),
-                   claim(f"{METHODS[method][0]}: ends at the loss of the {name}",
-                         np.abs(above[method]).max(0), (0, 1e-4), f"{form} to 1e-4")]
-    claims += [claim(f"{fixed}: stays away from the {name}", far["fixed"].min(0), (0.2, inf),
+                   claim(f"{label}: ends at the loss of the {name}", above.max(0), (0, 1e-4),
+                         f"{form} to 1e-4")]
+    label = METHODS["fixed"][0]
+    claims += [claim(f"{label}: stays away from the {name}", far["fixed"].min(0), (0.2, inf),
                      "relative distance >= 0.2 at every N, B"),
-               claim(f"{fixed}: the full-batch loss is worse than at the {name}", above["fixed"].min(0),
-                     (0.01, inf), "above L* by >= 0.01 at every N, B"),
-               claim(f"{fixed}, B = 2, {name[name.index('d ='):]}: each batch at its own optimum",
-                     np.abs(runs_of("fixed", "pairs_above_own_optimum", 2)).max(0), (0, 1e-3),
-                     "2 log(1 + e^-2) to 1e-3", "us")]
-    claims += [claim(f"{METHODS[method][0]}: nearer to the {name}, than {METHODS['sgd'][0]}",
-                     (far[method] - far["sgd"]).mean(0), (-inf, 0), "relative distances, "
-                     f"{far[method].mean():.2f} - {far['sgd'].mean():.2f} < 0") for method in CHOOSING]
-    return claims
+               claim(f"{label}: the full-batch loss is worse than at the {name}",
+                     runs_of("fixed", "above_optimum").min(0), (0.01, inf), "above L* by >= 0.01 at every N, B"),
+               claim(f"{label}, B = 2, {name[name.index('d ='):]}: each batch at its own optimum", own.max(0),
+                     (0, 1e-3), "2 log(1 + e^-2) to 1e-3", "us")]
+    return claims + [
+        claim(f"{METHODS[method][0]}: nearer to the {name}, than {METHODS['sgd'][0]}",
+              (far[method] - far["sgd"]).mean(0), (-inf, 0),
+              f"relative distances, {far[method].mean():.2f} - {far['sgd'].mean():.2f} < 0")
+        for method in CHOOSING]
 
 
 def convergence(knobs: dict):
@@ -234,35 +241,34 @@ def convergence(knobs: dict):
 
 
 PLANES = [[x for x in range(8) if (x & a).bit_count() % 2 == c] for a in range(1, 8) for c in range(2)]
-FAMILIES = {  # of batches of 8 samples, by B and name: the batches, colour and marker
-    2: {"fixed disjoint": ([[i, i + 1] for i in range(0, 8, 2)], METHODS["fixed"][1], "s"),
-        "cycle of pairs": ([sorted((i, (i + 1) % 8)) for i in range(8)], METHODS["ncb"][1], "o")},
-    4: {"fixed disjoint": ([[0, 1, 2, 3], [4, 5, 6, 7]], METHODS["fixed"][1], "s"),
-        "balanced design": (PLANES, COLOURS["refined"], "D")}}  # any three samples meet in one batch
+FAMILIES = {  # of batches of 8 samples, by B; any three samples meet in one batch of the balanced design
+    2: {"fixed disjoint": [[i, i + 1] for i in range(0, 8, 2)],
+        "cycle of pairs": [[i, (i + 1) % 8] for i in range(8)]},
+    4: {"fixed disjoint": [[0, 1, 2, 3], [4, 5, 6, 7]], "balanced design": PLANES}}
 
 
 def subsets(knobs: dict):
     """Full-batch loss where training on only some of the N choose B batches ends, above the ETF's; N = 8."""
     runs, steps, _ = setting(knobs, 16, 4000, 8, 1000)
-    rng, tick = np.random.default_rng(knobs["seed"]), progress("subsets", 2 * steps, "steps")
+    rng = np.random.default_rng(knobs["seed"])
     figure, axes = canvas(1, 2, 7.2, 2.8, sharey=True)
     claims, numbers = [], []
     for (b, families), axis in zip(FAMILIES.items(), axes[0]):
         batches = all_batches(8, b)
         every = len(batches)
         sizes = sorted({round(x) for x in np.linspace(8 // b, every, 28 if b == 2 else 24)})
-        # The families, and random subsets of each size, all runs at once: a weight for each batch, or 0.
-        taken = {name: np.tile([batch in family for batch in batches.tolist()], (runs, 1))
-                 for name, (family, *_) in families.items()}
-        taken |= {size: rng.permuted(np.tile(np.arange(every) < size, (runs, 1)), axis=1) for size in sizes}
-        weights = torch.from_numpy(np.concatenate([x / x.sum(1, keepdims=True) for x in taken.values()]))
-        u, v = (x.repeat(len(taken), 1, 1) for x in start(runs, 8, 16, knobs["seed"])[:2])
-        for step in range(steps):
-            descend(u, v, batches, knobs["lr"], weights=weights)
-            tick(steps * (b == 4) + step + 1)
-        gaps = dict(zip(taken, (infonce(u, v) - etf_loss(8)).numpy().reshape(-1, runs)))
-        numbers += [{"batch_size": b, "family": name, "batches": int(taken[name][0].sum()), "of": every,
-                     "gap": gap.tolist()} for name, gap in gaps.items()]
+        taken = {name: torch.tensor(family) for name, family in families.items()}
+        for size in sizes:  # another random subset for each run
+            mask = rng.permuted(np.tile(np.arange(every) < size, (runs, 1)), axis=1)
+            taken[size] = batches[mask.nonzero()[1].reshape(runs, size)]
+        gaps, tick = {}, progress(f"subsets, B = {b}", len(taken), "subsets")
+        for name, own in taken.items():
+            u, v, _ = start(runs, 8, 16, knobs["seed"])
+            for _ in range(steps):
+                descend(u, v, own, knobs["lr"])
+            gaps[name] = (infonce(u, v) - etf_loss(8)).numpy()
+            numbers.append({"batch_size": b, "family": name, "of": every, "gap": gaps[name].tolist()})
+            tick(len(gaps))
         band(axis, 100 * np.array(sizes) / every, np.array([gaps[size] for size in sizes]).T, "random subset",
              COLOURS["random"])
         closed = min((size for size in sizes if gaps[size].max() < 1e-5), default=every)
@@ -270,14 +276,14 @@ def subsets(knobs: dict):
                          (0, 1e-5), "gap <= 1e-5"),
                    claim(f"B = {b}: a random subset closes the gap only when it is all of them",
                          closed / every, (1, 1), "smallest share at which every run's gap is below 1e-5")]
-        for name, (family, colour, marker) in families.items():
-            axis.plot(100 * len(family) / every, np.median(gaps[name]), marker, color=colour, label=name,
-                      clip_on=False)
-            what, *rest = (" at the full batch's optimum too: some strict subsets suffice", (-1e-5, 1e-5),
-                           "gap <= 1e-5", "us") if family is PLANES else (" above it", (1e-3, inf),
-                                                                          "gap >= 1e-3")
-            claims.append(claim(f"B = {b}: {name}, {len(family)} of {every} batches, ends{what}", gaps[name],
-                                *rest))
+        for (name, family), method, marker in zip(families.items(), ("fixed", "ncb"), "so"):
+            axis.plot(100 * len(family) / every, np.median(gaps[name]), marker, color=METHODS[method][1],
+                      label=name, clip_on=False)
+            text = f"B = {b}: {name}, {len(family)} of {every} batches, ends"
+            claims.append(
+                claim(f"{text} at the full batch's optimum too: some strict subsets suffice", gaps[name],
+                      (-1e-5, 1e-5), "gap <= 1e-5", "us") if name == "balanced design" else
+                claim(f"{text} above it", gaps[name], (1e-3, inf), "gap >= 1e-3"))
         axis.set(xlabel=f"share of the {every} batches of {b} (%)", xlim=(0, 102))
         axis.set_yscale("symlog", linthresh=1e-4)
         axis.set_ylim(-2e-5, 1)
@@ -328,7 +334,7 @@ def histograms(knobs: dict):
 
 
 def temperature(knobs: dict):
-    """Does the lead of chosen batches last as the temperature, and the step size with it, falls? N = 8, B = 2."""
+    """Does the lead of chosen batches last as temperature and step size fall together? N = 8, B = 2."""
     runs, steps, generator = setting(knobs, 32, 750, 8, 250)
     settings = {t: (8, steps, knobs["lr"] * t, t, 1) for t in (1.0, 0.5, 0.2, 0.1)}
     return lead_against("temperature", settings, CHOOSING, runs, generator, knobs["seed"])
@@ -348,36 +354,33 @@ def lead_against(label: str, settings: dict, methods: tuple, runs: int, generato
     settings: the number on the x axis -> N, steps, step size, temperature, steps from a distance to the next.
     """
     curves, tick = {}, progress(label, len(settings), "settings")
-    for x, (n, steps, lr, t, every) in settings.items():
+    for i, (x, (n, steps, lr, t, every)) in enumerate(settings.items()):
         for method in ("sgd", *methods):
             u, v, _ = start(runs, n, 2 * n, seed)
             curves[x, method] = train(method, u, v, 2, steps, lr, generator, t, every) / etf(n).norm()
-        tick(len(curves) // (len(methods) + 1))
+        tick(i + 1)
     figure, ((axis,),) = canvas(1, 1, 4.8, 3.2)
-    claims, numbers, xs = [], [], np.array(list(settings))
+    claims, numbers, (least, *_, last) = [], [], settings
     tolerance = max(nearest(curves[x, "sgd"], 0.05) for x in settings)
-    for i, method in enumerate(methods):
+    for method in methods:
         name, colour = METHODS[method]
-        leads = [speedup(*(first_steps(curves[x, m], tolerance, settings[x][-1]) for m in ("sgd", method)))
-                 for x in settings]
+        leads = {x: speedup(*(first_steps(curves[x, m], tolerance, settings[x][-1]) for m in ("sgd", method)))
+                 for x in settings}
         numbers += [{label: x, "method": method, "tolerance": tolerance, "sgd_over_this": lead}
-                    for x, lead in zip(settings, leads)]
-        middle, low, high = np.where(np.isfinite(leads) & (np.array(leads) > 0), leads, np.nan).T
-        axis.errorbar(xs * 1.03 ** (i - 1.5), middle, np.nan_to_num((middle - low, high - middle)),
-                      color=colour, marker="o", markersize=3, label=name)
-        claims.append(growth(f"{name}: lead over SGD at least as large at {label} {xs[-1]:g} as at {xs[0]:g}",
-                             leads[0], leads[-1], f"in steps to relative distance {tolerance:g}", "us"))
+                    for x, lead in leads.items()]
+        middle, low, high = np.array(list(leads.values())).T
+        axis.plot(list(leads), middle, "o-", color=colour, label=name)
+        axis.fill_between(list(leads), low, high, color=colour, alpha=0.2, linewidth=0)
+        claims.append(growth(f"{name}: lead over SGD at least as large at {label} {last:g} as at {least:g}",
+                             leads[least], leads[last], f"in steps to relative distance {tolerance:g}", "us"))
     axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
     axis.set(xlabel=label, ylabel=f"SGD's steps / own, to {tolerance:g}", xscale="log", yscale="log")
-    axis.set_xticks(xs, [f"{x:g}" for x in xs])
-    axis.xaxis.minorticks_off()
     axis.legend()
     return claims, numbers, figure
 
 
 EXPERIMENTS = {f.__name__: f for f in (toy, angle, optima, convergence, subsets, histograms, temperature,
                                        scaling)}
-TOO_LARGE = "temperature", "scaling"  # for --quick: at its size they settle nothing
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -404,8 +407,8 @@ def main(argv: list[str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Stop(f"--out {out}: {error.strerror}; give a folder that can be written") from None
-    every = [name for name in EXPERIMENTS if not (knobs["quick"] and name in TOO_LARGE)]
+        raise cli.Stop(f"--out {out}: {error.strerror}; give a folder that can be written") from None
+    every = list(EXPERIMENTS)[:6 if knobs["quick"] else 8]  # at the size of --quick the others settle nothing
     for name in every if knobs["experiment"] == "all" else [knobs["experiment"]]:
         run(name, knobs, out)
 

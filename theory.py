@@ -32,7 +32,7 @@ def etf_loss(n: int) -> float:
 
 
 def cross_polytope(n: int) -> Tensor:
-    """U V^T [n, n] of the optimum for d = n / 2 in which sample i + n / 2 lies opposite to sample i."""
+    """U V^T [n, n] at the optimum for d = n / 2: sample i + n / 2 is opposite to i, or in any other order."""
     return torch.eye(n, dtype=torch.float64) - torch.eye(n, dtype=torch.float64).roll(n // 2, 0)
 
 
@@ -43,8 +43,8 @@ def cross_polytope_loss(n: int) -> float:
 
 @functools.cache
 def remaining(n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each set of samples left when pairs are taken, always the lowest of all and some other, level by
-    level: the lowest [S], the others [S, m], and the place [S, m] in the next level of the set without both."""
+    """Level by level, of each set of samples left when pairs are taken, always the lowest and some other:
+    the lowest [S], the others [S, m], and the place [S, m] in the next level of the set without both."""
     levels, sets = [], [tuple(range(n))]
     while sets[0]:
         left = [[s[1:j] + s[j + 1:] for j in range(1, len(s))] for s in sets]
@@ -80,15 +80,15 @@ def start(runs: int, n: int, d: int, seed: int) -> tuple[Tensor, Tensor, tuple[T
     """U, V [runs, n, d], the directions of normal rows, and the lengths [runs, n, 1] of these; float64."""
     g = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(runs, n, d, generator=g, dtype=torch.float64) for _ in range(2))
-    return F.normalize(x, dim=2), F.normalize(y, dim=2), (x.norm(dim=2, keepdim=True),
-                                                          y.norm(dim=2, keepdim=True))
+    lengths = x.norm(dim=2, keepdim=True), y.norm(dim=2, keepdim=True)
+    return x / lengths[0], y / lengths[1], lengths
 
 
 def descend(u: Tensor, v: Tensor, batches: Tensor, lr: float, temperature: float = 1.0,
-            weights: Tensor | None = None, lengths: tuple[Tensor, Tensor] | None = None) -> None:
+            lengths: tuple[Tensor, Tensor] | None = None) -> None:
     """One step in place: U, V less lr times the gradient of the mean batch loss, rows back to unit length.
 
-    u, v [R, N, d]; batches [m, B] for all runs or [R, m, B]; weights [R, m] of the batches (default: 1 / m).
+    u, v [R, N, d]; batches [m, B] for all runs or [R, m, B].
     lengths, two [R, N, 1]: the released code's dynamics instead. Its parameters are the rows of U and V times
     these, which change too; the gradient goes through the division by them, and nothing is brought back.
     """
@@ -105,8 +105,7 @@ def descend(u: Tensor, v: Tensor, batches: Tensor, lr: float, temperature: float
     index = (batches[..., :, None] * size + batches[..., None, :]).flatten(-3).expand(R, -1)
     s = s.gather(1, index).view(R, m, B, B)
     g = (s.softmax(-1) + s.softmax(-2) - 2 * torch.eye(B, dtype=s.dtype)) / B  # of infonce, by its logits
-    g = g / m if weights is None else g * weights[..., None, None]
-    slope = slope.scatter_add_(1, index, g.flatten(1)).view(R, size, size) * (lr / temperature)
+    slope = slope.scatter_add_(1, index, (g / m).flatten(1)).view(R, size, size) * (lr / temperature)
     for x, dx, length in zip((u, v), (slope @ b, slope.mT @ a), lengths or (None, None)):
         x, dx = x.view(-1, d), dx.view(-1, d)
         if length is not None:  # what lies across x: 1 / length by the chain rule, 1 / length for the turn
@@ -128,15 +127,12 @@ METHODS = {  # name: (label with the number of the paper's algorithm, colour)
     "osgd": ("OSGD (6)", COLOURS["osgd"]), "spectral": ("spectral (1)", COLOURS["spectral"])}
 
 
-def k_and_q(n: int, batch_size: int) -> tuple[int, int]:  # of a permutation's batches OSGD keeps a quarter
-    return n // batch_size, max(1, n // batch_size // 4)
-
-
 def schedule(method: str, u: Tensor, v: Tensor, batch_size: int, temperature: float,
              generator: Generator) -> Iterator[Tensor]:
-    """The batches of each next step, [m, B] for all runs or [R, m, B], chosen on u, v [R, N, d] as they are then."""
+    """Each step's batches, [m, B] for all runs or [R, m, B], chosen on u, v [R, N, d] as they are then."""
     R, n, _ = u.shape
-    k, q = k_and_q(n, batch_size)
+    k = n // batch_size
+    q = max(1, k // 4)  # OSGD keeps a quarter of a permutation's batches
     first = torch.arange(R)[:, None, None] * n  # row of each run's sample 0: a sampler sees all runs' rows
     rows = (u.view(R * n, -1), v.view(R * n, -1))  # views: they change with u and v
     every = all_batches(n, batch_size) if method in ("ncb", "osgd-direct") else None
@@ -171,8 +167,8 @@ def schedule(method: str, u: Tensor, v: Tensor, batch_size: int, temperature: fl
 
 def evaluations(method: str, n: int, batch_size: int) -> float:
     """Pairs in a gradient, and pairs embedded only to choose, a step."""
-    k, q = k_and_q(n, batch_size)
-    every = math.comb(n, batch_size)
+    k, every = n // batch_size, math.comb(n, batch_size)
+    q = max(1, k // 4)
     batches = {"full": n / batch_size, "ncb": every, "fixed": k, "osgd-direct": 1 + every,
                "osgd-replacement": q + k, "osgd": 1 + k / q, "spectral": 2}
     return batch_size * batches.get(method, 1)
@@ -200,9 +196,9 @@ def directions(degrees: Tensor) -> Tensor:
 
 def toy_curves(method: str, runs: int, steps: int, lr: float, tolerance: float, generator: Generator,
                least: int = 0) -> Tensor:
-    """The toy case, U = V at a rectangle's corners; the optimum is a square's. [2, runs, T]: half the angle of
-    samples 1 and 2, at first 10 degrees, and the full-batch loss above the optimum's, until all runs have been
-    within the tolerance, but for `least` to `steps` steps."""
+    """U = V at a rectangle's corners, on the way to a square's. [2, runs, T]: half the angle of samples 1 and
+    2, and the full-batch loss above the optimum's, until all runs have been within the tolerance, but for
+    `least` to `steps` steps."""
     corners = directions(torch.tensor([10, -10, 190, 170], dtype=torch.float64))
     u, v = corners.repeat(runs, 1, 1), corners.repeat(runs, 1, 1)
     batches, path, there = schedule(method, u, v, 2, 1.0, generator), [], torch.zeros(runs, dtype=bool)
@@ -219,18 +215,9 @@ def toy_curves(method: str, runs: int, steps: int, lr: float, tolerance: float, 
     return torch.stack(path, 2)
 
 
-def angle_losses(degrees: Tensor) -> dict[str, Tensor]:
-    """Losses [T] with u_1 at these angles [T], other u_i = v_i and v_1 at the corners of a decagon."""
-    v = directions(torch.arange(10).to(degrees) * 36).repeat(len(degrees), 1, 1)
-    u = torch.cat([directions(degrees)[:, None], v[:, 1:]], 1)
-    order = torch.arange(10)
-    batches = {"full": order[None], "ncb": all_batches(10, 2), "fixed": order.view(5, 2)}
-    return {method: infonce(u[:, x], v[:, x]).mean(1) for method, x in batches.items()}
-
-
 # ------------------------------------------------------------------------------------------ statistics
 def interval(samples, statistic=np.mean) -> tuple[float, float, float]:
-    """A statistic(x, axis) of samples [R, ...], and its 95 % bootstrap interval over R, also of infinite samples."""
+    """A statistic(x, axis) of samples [R, ...], also infinite, and its 95 % bootstrap interval over R."""
     samples = np.asarray(samples, dtype=float)
     pick = np.random.default_rng(0).integers(len(samples), size=(2000, len(samples)))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -281,4 +268,5 @@ def nearest(distances: Tensor, grid: float) -> float:
 def speedup(sgd: np.ndarray, own: np.ndarray) -> tuple[float, float, float]:
     """SGD's median of steps [R] over a method's, with its interval. Infinite if only the method arrives, 0 if
     only SGD does, NaN if neither does."""
-    return interval(np.stack([sgd, own], 1), lambda x, axis: np.divide(*np.moveaxis(np.median(x, axis), -1, 0)))
+    return interval(np.stack([sgd, own], 1),
+                    lambda x, axis: np.divide(*np.moveaxis(np.median(x, axis), -1, 0)))
