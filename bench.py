@@ -10,7 +10,6 @@ one table was timed in turns, so that ratios hold on a busy machine.
 import contextlib
 import copy
 import ctypes
-import functools
 import itertools
 import json
 import runpy
@@ -36,7 +35,6 @@ from cli import Stop
 from data import STATISTICS
 from deadleaves import deadleaves
 from model import ContrastiveModel, embed
-from samplers import batch_losses
 
 B, K, TEMPERATURE = 32, 40, 0.1  # samplers: a window is K batches of B pairs
 KNOBS = {
@@ -50,16 +48,15 @@ KNOBS = {
 
 def seconds(*functions: Callable[[], object], rounds: int = 3, calls: int = 1) -> list[float]:
     """Median seconds a call of each function; they take turns."""
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times, tick = np.zeros((rounds + 1, len(functions))), cli.progress("timing", rounds + 1, "rounds")
     for i, j in np.ndindex(times.shape):  # the first round warms up
-        start = now()
+        sync()
+        start = time.perf_counter()
         for _ in range(calls):
             functions[j]()
-        times[i, j] = (now() - start) / calls
+        sync()
+        times[i, j] = (time.perf_counter() - start) / calls
         tick(i + (j + 1) / len(functions))
     return np.median(times[1:], axis=0).tolist()
 
@@ -71,13 +68,14 @@ def peak(function: Callable[[], object], device: torch.device) -> float | None:
         before = torch.cuda.memory_allocated(device)
         function()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    if sys.platform != "linux":
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier methods freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    except (OSError, AttributeError):
         return None
 
     def most() -> int:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier methods freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = most()
     function()
     return (most() - before) / 1024
@@ -92,7 +90,6 @@ def show(row: dict, heading: bool) -> None:
         cli.say("".join(map(format, cells, widths)).rstrip())
 
 
-# ---------------------------------------------------------------------- samplers
 def read_pairs(file: str) -> dict[str, tuple]:
     """u, v [n, d] and class ids [n] or None by name, of the arrays of a .npz. Raises Stop."""
     try:
@@ -104,8 +101,7 @@ def read_pairs(file: str) -> dict[str, tuple]:
             raise ValueError("no NAME_u")
         for name, (u, v, labels) in sets.items():
             if u.shape != v.shape or labels is not None and len(labels) != len(u) or len(u) < B * K:
-                raise ValueError(f"{name} has {len(u)} pairs, of which a window takes {B * K}, or its arrays "
-                                 "differ in length")
+                raise ValueError(f"{name} has {len(u)} pairs of at least {B * K}, or arrays that do not fit")
         return sets
     except Exception as error:  # np.load fails in many ways on what is not its own
         raise Stop(f"--embeddings {file}: {error or type(error).__name__}; give a .npz with arrays NAME_u, "
@@ -113,8 +109,7 @@ def read_pairs(file: str) -> dict[str, tuple]:
 
 
 def embed_short_run(n: int, device: torch.device, steps: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v [n, d] of n generated images in a random order, after so many steps of train.py on random batches
-    of them, and their class ids [n]."""
+    """u, v [n, d] and class ids [n] of n generated images, after so many steps of train.py on them."""
     words = f"--sampler random --limit {n} --max-steps {steps}"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train.main([*words.split(), "--data-dir", folder, "--out-dir", f"{folder}/run"])
@@ -128,9 +123,9 @@ def embed_short_run(n: int, device: torch.device, steps: int = 128) -> tuple[Ten
 
 
 def choosers(u: Tensor, v: Tensor, labels: Tensor | None, g: torch.Generator, against=None) -> dict:
-    """By name what chooses the batches [m, B] of a window u, v [K * B, d]. A new rival is a line here.
+    """By name what chooses the batches [m, B] of a window u, v [K * B, d], labels [K * B] or None.
 
-    labels: class ids [K * B], if there are. against: another spectral_batches.
+    against: another spectral_batches. A new rival is a line here.
     """
     def spectral(refine: bool, function: Callable = samplers.spectral_batches, **options) -> Callable:
         return lambda: function(u, v, B, K, TEMPERATURE, g, refine=refine, **options)
@@ -149,19 +144,9 @@ def choosers(u: Tensor, v: Tensor, labels: Tensor | None, g: torch.Generator, ag
     return found
 
 
-def same_class(labels: Tensor) -> float:
-    """Share of the pairs inside a batch that are of one class; labels [m, B]."""
-    size = labels.shape[1]
-    return ((labels[:, :, None] == labels[:, None]).double().mean().item() * size - 1) / (size - 1)
-
-
 def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: torch.device) -> dict:
-    """Loss of the batches of all windows (mean, median of 3 seeds), time and memory by set and method.
-
-    sets: u, v [n, d] and class ids [n], or None, by name. against: another spectral_batches.
-    """
-    cli.say(f"windows of {K} batches of {B}; excess: of loss over random batches, relative to the released "
-            "method's;\nsame_class: share of pairs; of_eigh: in times of torch.linalg.eigh; MB: at most")
+    """Loss (mean of all windows, median of 3 seeds), time and memory of each method on sets of read_pairs."""
+    cli.say(f"windows of {K} batches of {B}; excess: of loss over random, relative: to the released method's")
     table, g, n = [], torch.Generator(), K * B
     for name, arrays in sets.items():
         windows = [[x if x is None else x[i:i + n].to(device) for x in arrays]
@@ -169,21 +154,23 @@ def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: tor
         methods = [choosers(*window, g, against) for window in windows]
         rows, tick = {}, cli.progress("choosing", len(methods[0]), "samplers")
         for method in methods[0]:
-            losses, shares = np.zeros((3, len(windows))), np.zeros((3, len(windows)))
+            losses, shares = np.zeros((3, len(windows))), []
             for seed, i in np.ndindex(losses.shape):
                 g.manual_seed(seed)
                 (u, v, labels), batches = windows[i], methods[i][method]()
                 losses[seed, i] = samplers.batch_losses(u, v, batches, TEMPERATURE).mean()
-                shares[seed, i] = 0 if labels is None else same_class(labels[batches])
+                if labels is not None:
+                    y = labels[batches]
+                    shares.append((y[:, :, None] == y[:, None]).double().mean().item() * B - 1)
             rows[method] = {"embeddings": name, "sampler": method, "loss": np.median(losses.mean(1)).item(),
-                            "same_class": None if labels is None else shares.mean().item()}
+                            "same_class": np.mean(shares).item() / (B - 1) if shares else None}
             tick(len(rows))
         matrix = torch.randn(n, n, dtype=torch.float64, device=device)  # eigh reads one half of it
         eigh, *took = seconds(lambda: torch.linalg.eigh(matrix), *methods[0].values())
-        random = rows["random"]["loss"]
+        random, released = rows["random"]["loss"], rows["released spectral"]["loss"]
         for (method, row), s in zip(rows.items(), took):
             row["excess"] = row["loss"] - random
-            row["relative"] = row["excess"] / (rows["released spectral"]["loss"] - random)
+            row["relative"] = row["excess"] / (released - random) if released != random else None
             row |= {"ms": 1000 * s, "of_eigh": s / eigh, "MB": peak(methods[0][method], device)}
             show(row, heading=method == "random")
         table += rows.values()
@@ -193,14 +180,14 @@ def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: tor
 def bench_window(n: int, device: torch.device) -> dict:
     """Refined batches of n made-up pairs as one window, which is cut into parts: time, memory."""
     u, v = torch.randn(2, n, 128, device=device)
-    choose = functools.partial(samplers.spectral_batches, u, v, B, n // B, refine=True)
+    def choose() -> Tensor:
+        return samplers.spectral_batches(u, v, B, n // B, refine=True)
     took, = seconds(choose, rounds=1)
     row = {"pairs": n, "seconds": took, "us_a_pair": 1e6 * took / n, "MB": peak(choose, device)}
     show(row, heading=True)
     return row
 
 
-# ---------------------------------------------------------------------- a training step
 class Operations(TorchDispatchMode):
     """Counts the operations that are dispatched under it, those of backward as well."""
     count = 0
@@ -211,9 +198,9 @@ class Operations(TorchDispatchMode):
 
 
 def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
-    """Time, operations and arithmetic of train.py's own step on random images (mode: eager, graph or
-    compile), beside the product of the matrix a [n, n] with itself."""
-    torch.compiler.reset()  # else the next size is a recompilation, of which there may be few
+    """Time, operations and arithmetic of train.py's own step, beside the product a @ a of a [n, n]."""
+    if mode == "compile":
+        torch.compiler.reset()  # else another size is a recompilation, of which there may be few
     words = f"--sampler random --image-size {size} --batch-size {batch_size} --step {mode}"
     side = min(size, 64)  # before augmentation, as in the paper's data sets
     images = torch.randint(256, (1024, 3, side, side), dtype=torch.uint8, device=a.device)
@@ -227,8 +214,7 @@ def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
         step()
     with Operations() if mode != "compile" else contextlib.nullcontext() as counter:
         step()  # under the counter a compiled network would run as it was before
-    # On a CPU about a second of steps a round.
-    calls = 50 if a.device.type == "cuda" else max(1, round(1 / seconds(step, rounds=1)[0]))
+    calls = max(1, round(1 / seconds(step, rounds=1)[0]))  # about a second of steps a round
     took, product = seconds(step, lambda: a @ a, calls=calls)
     with FlopCounterMode(display=False) as flops:  # by shapes alone
         views = torch.zeros(2 * batch_size, 3, size, size, device="meta")
@@ -239,7 +225,7 @@ def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
 
 
 def paper_hours(ms: dict[int, float]) -> dict[str, float]:
-    """Hours of the steps of the paper's twelve runs, from the ms of a step of 32 images by their pixels."""
+    """Hours of the paper's twelve runs, from the ms of a step of 32 images by their pixels."""
     cifar, tiny = (6 * 100 * (n // 32) / 3.6e6 for n in (50_000, 100_000))  # six runs of 100 epochs each
     sides = {"224 px": (224, 224), "own size": (32, 64)}  # of CIFAR-100's, of Tiny ImageNet's
     return {name: cifar * ms[a] + tiny * ms[b] for name, (a, b) in sides.items() if {a, b} <= ms.keys()}

@@ -1,9 +1,9 @@
 """Other methods of choosing hard mini-batches, each after its paper; bench.py compares them with samplers.py.
 
-Every method takes embeddings u, v [n, d] of n pairs (any scale, any device) and returns int64 row numbers
-[n // B, B], B = batch_size, on the device of u, the same ones for the same state of `generator` (None:
-torch's global one). No row is in two batches; the last n % B rows are in none. All work on the CPU. Raises
-ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n].
+All take embeddings u, v [n, d] of n pairs (any scale, any device) and return int64 row numbers [n // B, B],
+B = batch_size, on the device of u, the same ones for the same state of `generator` (of the CPU; None: torch's
+global one). No row is in two batches; the last n % B rows are in none. All work on the CPU. Raise ValueError
+for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n].
 """
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,6 @@ def _similarities(u: Tensor, v: Tensor, batch_size: int) -> Tensor:
     return u @ v.T
 
 
-def _rand(generator: Generator | None, *shape: int) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device if generator else "cpu").cpu()
-
-
 def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -> Tensor:
     """GCBS: consecutive rows of a bandwidth-reducing order of the graph of the most similar pairs.
 
@@ -36,8 +32,7 @@ def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -
     Cuthill-McKee orders. Nothing is random.
     """
     s = _similarities(u, v, batch_size)
-    # The released 0.999 leaves a few thousand rows next to no edges, so B a row at least; on real embeddings
-    # that is next to the best quantile.
+    # The released 0.999 leaves a few thousand rows next to no edges, so at least B a row.
     quantile = min(0.999, 1 - batch_size / len(s)) if quantile is None else quantile
     floor = s[::-(-s.numel() // 2 ** 22)].quantile(quantile)  # which takes 2^24 numbers at most
     edges = (s > floor).fill_diagonal_(False).numpy()
@@ -51,8 +46,8 @@ def b3(u: Tensor, v: Tensor, batch_size: int, ranks: tuple[int, int] | None = No
 
     Thirukovalluru et al., "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch Mining",
     NeurIPS 2025.  Each u_i ranks the v_j, j != i, from 0; an edge joins two rows that give each other a rank
-    in [low, high) (nearer ones are likely false negatives).  Communities have 32 rows, or B if 32 does not
-    divide it.
+    in [low, high) (nearer ones are likely false negatives).  A community has 32 rows, or B if that is no
+    multiple.
     """
     s = _similarities(u, v, batch_size).fill_diagonal_(-torch.inf)
     n, size = len(s), batch_size if batch_size % 32 else 32
@@ -62,7 +57,8 @@ def b3(u: Tensor, v: Tensor, batch_size: int, ranks: tuple[int, int] | None = No
     edges = (torch.arange(n)[:, None] * n + s.topk(min(high, n - 1)).indices[:, low:]).flatten()
     edges = edges[torch.isin(edges % n * n + edges // n, edges)]
     communities = _partition(edges // n, edges % n, n, size, generator)
-    return communities[_rand(generator, len(communities)).argsort()].view(-1, batch_size).to(u.device)
+    order = torch.rand(len(communities), generator=generator).argsort()
+    return communities[order].view(-1, batch_size).to(u.device)
 
 
 def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator | None) -> Tensor:
@@ -86,13 +82,13 @@ def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator
         row, col = row[inside], col[inside]
         degree = total(torch.ones(len(row)), row).clamp(min=1)
         halves = torch.stack([parts // 2, parts - parts // 2], 1).flatten()
-        x = _rand(generator, n) - 0.5
+        x = torch.rand(n, generator=generator) - 0.5
         for _ in range(50):  # every mode but the constant, which orders nothing, fades, the slowest last
             x = (x + total(x[col], row) / degree) / 2
         new = cut(x)
         for _ in range(20):  # a random half stays where it is: all at once would change places to and fro
-            side = new % 2 * 2 - 1.0
-            new = cut(torch.where(_rand(generator, n) < 0.5, side * n, total(side[col], row) + side))
+            side, stays = new % 2 * 2 - 1.0, torch.rand(n, generator=generator) < 0.5
+            new = cut(torch.where(stays, side * n, total(side[col], row) + side))
         part, parts = new.unique(return_inverse=True)[1], halves[halves > 0]
     return part.argsort(stable=True).view(-1, size)
 
@@ -102,12 +98,11 @@ def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature
     """Algorithm 1 as its authors released it: spectral clustering of exp(w), w = spectral_affinity.
 
     Cho et al., "Mini-Batch Optimization of Contrastive Loss", TMLR 2024; sc_even_kb_loose of its code.
-    Each window of k * B consecutive rows gives k batches. In a window, in float64: the first k eigenvectors
-    of the normalised Laplacian of exp(w), its diagonal zero (the k largest of D^-1/2 exp(w) D^-1/2), times
-    D^-1/2 as in scikit-learn, the rows not scaled to length 1; k-means of the rows; to each centre B rows by
-    an optimal assignment of the distances, not squared.  Unlike the released code: a last window of fewer
-    than k batches is used, not dropped; k-means starts once, not ten times (by embeddings of trained networks
-    the mean loss is the same to 0.01); eigh, not ARPACK.
+    Of each window of k * B consecutive rows, in float64: the first k eigenvectors of the normalised Laplacian
+    of exp(w), its diagonal zero (the k largest of D^-1/2 exp(w) D^-1/2), times D^-1/2 as in scikit-learn, the
+    rows not scaled to length 1; k-means of the rows; to each centre B rows by an optimal assignment of the
+    distances, not squared.  Unlike there: a last, shorter window is used as well; k-means starts once, not
+    ten times (for trained networks the mean loss is the same to 0.01); eigh, not ARPACK.
     """
     _check_size(len(u), batch_size)
     batches = []
@@ -125,7 +120,7 @@ def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature
 def _kmeans(x: Tensor, k: int, generator: Generator | None, rounds: int = 30) -> Tensor:
     """Centres [k, d] of the rows of x [n, d]: k-means++ (Arthur & Vassilvitskii, 2007), then Lloyd's."""
     weight, centres = torch.full((len(x),), 1e30, dtype=x.dtype), []  # all the same: a uniform first draw
-    for draw in _rand(generator, k):
+    for draw in torch.rand(k, generator=generator):
         total = weight.cumsum(0, dtype=torch.float64)
         # With fewer distinct rows than centres every weight ends at 0, and the clamp takes the last row.
         drawn = torch.searchsorted(total, draw * total[-1], right=True).clamp(max=len(x) - 1)
