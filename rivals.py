@@ -104,6 +104,7 @@ def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature
     distances, not squared.  Unlike there: a last, shorter window is used as well; k-means starts once, not
     ten times (for trained networks the mean loss is the same to 0.01); eigh, not ARPACK.
     """
+    _check(u, v, temperature, read=True)
     _check_size(len(u), batch_size)
     batches = []
     for rows in torch.arange(len(u) // batch_size * batch_size).split(k * batch_size):

@@ -1,6 +1,5 @@
-"""Tests of bench.py: its tables at small sizes, and wrong input in one line.
-
-    python -m pytest tests/test_bench.py
+"""Tests of bench.py, its tables at small sizes, and wrong input in one line:
+python -m pytest tests/test_bench.py
 """
 import json
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import bench
 import train
@@ -28,21 +26,18 @@ def test_samplers_table_has_all_that_is_asked(tmp_path, monkeypatch, capsys):
     record, printed = json.loads((tmp_path / "new/samplers.json").read_text()), capsys.readouterr().out
     rows = {(row["embeddings"], row["sampler"]): row for row in record["samplers"]}
     random, released, refined = (rows["a", x] for x in ("random", "released spectral", "refined"))
-    same = [rows["a", x]["same_class"] for x in ("refined, exclude=labels", "random", "refined")]
-    assert same[0] < same[1] < same[2] and rows["b", "refined"]["same_class"] is None
     assert refined["loss"] > released["loss"] > random["loss"]
-    assert random["excess"] == 0 and released["relative"] == 1
-    assert refined["excess"] == refined["loss"] - random["loss"]
-    assert ("b", "refined, exclude=labels") not in rows
-    assert record["one_window"]["pairs"] == 1280 and {"commit", "command", "device"} <= record.keys()
-    assert record["k"] == record["batch_size"] == 8
-    assert all({"loss", "excess", "relative", "ms", "of_eigh", "MB"} <= row.keys() for row in rows.values())
+    assert refined["excess"] == refined["loss"] - random["loss"] and released["relative"] == 1
+    assert rows["a", "refined, exclude=labels"]["same_class"] < random["same_class"] < refined["same_class"]
+    assert random["same_class"] == pytest.approx(31 / 255, abs=0.01)  # classes of 32 of 256
+    assert rows["b", "refined"]["same_class"] is None and ("b", "refined, exclude=labels") not in rows
+    assert record["one_window"]["pairs"] == 1280 and record["k"] == record["batch_size"] == 8
+    assert {"commit", "command", "device"} <= record.keys() and {"ms", "of_eigh", "MB"} <= random.keys()
     assert rows["a", "refined, against"]["loss"] == refined["loss"]  # the same file
     assert all(sampler in printed for _, sampler in rows)
 
 
-def test_short_run_gives_two_views_of_its_images_by_its_network(monkeypatch):
-    torch.manual_seed(0)
+def test_short_run_gives_views_of_its_images_by_its_network(monkeypatch):
     model = ContrastiveModel()
 
     def trained(argv: list[str]) -> None:
@@ -51,16 +46,15 @@ def test_short_run_gives_two_views_of_its_images_by_its_network(monkeypatch):
         Path(knobs["out_dir"]).mkdir()
         torch.save({"model": model.state_dict()}, Path(knobs["out_dir"]) / "checkpoint.pt")
     monkeypatch.setattr(train, "main", trained)
-    torch.manual_seed(1)
     u, v, labels = bench.embed_short_run(48, torch.device("cpu"))
-    images, expected = deadleaves("train", 48, 0)
+    _, expected = deadleaves("train", 48, 0)
     assert u.shape == v.shape == (48, 128) and torch.equal(labels.sort()[0], expected.sort()[0])
     assert not torch.equal(labels, expected)  # in a random order
-    unit_u, unit_v = F.normalize(u, dim=1), F.normalize(v, dim=1)
-    own, other = (unit_u * unit_v).sum(1).mean(), (unit_u * unit_v.roll(1, 0)).sum(1).mean()
-    assert own > other + 0.05  # the two views are of one image
     model.head[-1].running_mean += 100
     assert bench.embed_short_run(48, torch.device("cpu"))[0].mean() < u.mean() - 1
+
+
+made = []
 
 
 class SmallStep:
@@ -72,23 +66,15 @@ class SmallStep:
 
     def __call__(self, rows: torch.Tensor, uniform: torch.Tensor, lr: float) -> None:
         self.given = rows, uniform
-        for _ in range(3):
-            self.x.add_(1)
+        self.x.add_(1).add_(1).add_(1)
 
 
-made = []
-
-
-def test_step_says_time_and_arithmetic(tmp_path, monkeypatch, capsys):
+def test_step_says_time_and_arithmetic(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Step", SmallStep)
-
-    def seconds(*functions, **options) -> list[float]:
-        return [made[-1].knobs["batch_size"] / 64] * len(functions)
-    monkeypatch.setattr(bench, "seconds", seconds)
+    monkeypatch.setattr(bench, "seconds", lambda *x, **_: [made[-1].knobs["batch_size"] / 64] * len(x))
     bench.main(["step", "--out", str(tmp_path / "step.json")])
-    record, printed = json.loads((tmp_path / "step.json").read_text()), capsys.readouterr().out
-    shapes = [(row["pixels"], row["B"]) for row in record["steps"]]
-    assert shapes == [(32, 32), (32, 128), (64, 32), (64, 128)]
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert [(x["pixels"], x["B"]) for x in record["steps"]] == [(32, 32), (32, 128), (64, 32), (64, 128)]
     for row, small in zip(record["steps"], made):
         B, (rows, uniform) = row["B"], small.given
         assert small.knobs["image_size"] == row["pixels"] and small.knobs["step"] == "eager"
@@ -102,16 +88,12 @@ def test_step_says_time_and_arithmetic(tmp_path, monkeypatch, capsys):
     # Six times 100 epochs of 1,562 and of 3,125 steps.
     assert record["paper_hours"]["eager"] == {"own size": pytest.approx(600 * 4687 * 0.5 / 3600)}
     assert bench.paper_hours({224: 10.0}) == {"224 px": pytest.approx(600 * 4687 * 10 / 3.6e6)}
-    assert "own size" in printed and "images/s" in printed
 
 
-def test_functions_take_turns():
+def test_functions_take_turns_and_peak_is_what_was_added():
     order = []
     took = bench.seconds(lambda: order.append("a"), lambda: order.append("b"), rounds=2, calls=2)
     assert order == ["a", "a", "b", "b"] * 3 and len(took) == 2 and min(took) > 0
-
-
-def test_peak_is_what_was_added():
     MB = bench.peak(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
     assert MB is None or 60 < MB < 100
 
