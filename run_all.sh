@@ -36,8 +36,8 @@ data=${DATA_DIR:-data} base=${PYTHON:-python3} python=${RUN_PYTHON:-.venv/bin/py
 setup() {
   [[ $PWD != *:* ]] || fail "Python makes no .venv in a path with a colon: rename a folder of $PWD"
   rm -f .venv/complete .venv/bin/python .venv/bin/python3  # it may be of another Python
-  "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" && "$base" -m venv .venv || fail "$base is no \
-Python 3.10 or newer with venv; apt-get install python3-venv, or name one: PYTHON=python3.12 bash run_all.sh"
+  "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" && "$base" -m venv .venv || fail \
+    "$base is not Python 3.10 or newer with venv; install python3-venv, or name one: PYTHON=python3.12"
   nvidia-smi -L >/dev/null 2>&1 ||  # the CPU builds are several GB smaller; not every index has them
     $python -m pip install torch==2.14.1+cpu torchvision==0.29.1+cpu
   $python -m pip install -r requirements.txt || fail "no packages, for the reason above; the same tries again"
@@ -135,7 +135,7 @@ stop() {  # stop CODE: ends what is under way; a training run saves first
 for signal in HUP INT PIPE TERM; do trap "stop $((128 + $(kill -l $signal)))" $signal; done
 if [ -z "$dry${RUN_PYTHON:-}" ] && ! cmp -s requirements.txt .venv/complete; then setup; fi
 ask="import torch; print(torch.cuda.is_available() * torch.cuda.device_count())"
-gpus=$("$python" -c "$ask" 2>/dev/null) || [ -n "$dry" ] || fail "no torch for $python"
+gpus=$("$python" -c "$ask" 2>/dev/null) || [ -n "$dry" ] || fail "$python cannot import torch"
 gpus=${gpus:-0} slots=${jobs:-$((gpus > 0 ? gpus : $(OMP_NUM_THREADS="" nproc)))}
 IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((gpus - 1)))}"
 if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
