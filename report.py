@@ -41,7 +41,7 @@ def text(x) -> str:
     return html.escape(re.sub(r"[-−+]?(\b(nan|inf|infinity)\b|∞)", "–", str(x)))
 
 
-def number(x: float | None, percent: bool = False) -> str:
+def number(x: float | None, percent: bool) -> str:
     """Three digits, or a percentage; a dash for what is not finite."""
     if x is None or not math.isfinite(x):
         return "–"
@@ -51,14 +51,13 @@ def number(x: float | None, percent: bool = False) -> str:
 
 
 def show(row: dict, name: str) -> str:
-    """A cell: words, a verdict with its mark, or a number with its interval, of which an end may be open."""
+    """A cell: words, a verdict with its mark, or a number with its interval."""
     value = row.get(name)
     if isinstance(value, str):
         return MARKS.get(value, value)
     percent = re.fullmatch("R1|R5|R10|mrr|severity.*|linear|knn|difference|gain", name) is not None
     low, high = (number(x, percent) for x in row.get(f"{name}_interval") or (None, None))
-    ends = f"up to {high}" if low == "–" else f"{low} or more" if high == "–" else f"{low} to {high}"
-    return number(value, percent) + f" [{ends}]" * (low != high)
+    return number(value, percent) + f" [{low} to {high}]" * (low != high)
 
 
 def table(rows: list, columns: str = "") -> str:
@@ -76,7 +75,7 @@ def figure(path: Path, caption: str) -> str:
     if not path.is_file():
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><img src="data:image/png;base64,{data}" alt="{text(caption)}">'
+    return (f'<figure><img src="data:image/png;base64,{data}" alt="{text(caption)}"/>'
             f"<figcaption>{text(caption)}</figcaption></figure>")
 
 
@@ -96,14 +95,15 @@ def headline(record: dict) -> tuple[str, list[dict]]:
         for row in others]
     rates = ", ".join(f"{number(row['R1'], True)} % after {row['group']}" for row in others)
     seeds = f"{base['seeds']} seeds" if base["seeds"] > 1 else "one seed, which settles nothing"
-    return (f"Your runs on {where}: after training on {base['group']} batches {number(base['R1'], True)} % of "
+    return (f"Your runs on {where}: after {base['group']} batches {number(base['R1'], True)} % of "
             f"{base['images']:,} images find their other view first (R@1), {rates} ones ({seeds}).", claims)
 
 
 def detail(record: dict, path: Path) -> str:
     """All numbers and figures of one result file, folded."""
     pictures = "*.png" if path.stem == "retrieval" else f"{path.stem}.png"
-    tables = [f"<h4>{text(title)}</h4>" + table(rows, {"claims": "verdict claim measured form"}.get(title, ""))
+    columns = {"claims": "verdict claim measured form"}
+    tables = [f"<h4>{text(title)}</h4>" + table(rows, columns.get(title, ""))
               for title, rows in record.items() if isinstance(rows, list) and rows and title != "numbers"]
     return fold(f"{path.parent.name}/{path.stem}: {record.get('about', 'all scores')}",
                 *(figure(x, x.stem) for x in sorted(path.parent.glob(pictures))), *tables)
@@ -136,11 +136,11 @@ def build(results: Path, runs: Path) -> str:
     missing = ", ".join(str(path) for path in wanted if path not in records)
     title = "Mini-batches worth training on"
     return "\n".join([
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><title>{title}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
         f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{text(sentence)}</p>",
         figure(curve, f"R@1 along training, {'your' if own else 'recorded'} runs, by steps and by seconds"),
-        "<h2>What holds</h2>", table(rows, "verdict claim measured"),
+        "<h2>What holds, with 95 % intervals</h2>", table(rows, "verdict claim measured"),
         figure(results / "synthetic/toy.png", "Four points in the plane, on their way to the optimum"),
         "<h2>All of it</h2>", *(detail(record, path) for path, record in records.items()),
         fold("runs", table(ended, "run R1 R5 step seconds_training seconds_selecting")),
