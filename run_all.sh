@@ -115,8 +115,8 @@ step() {  # step NAME RESULT WORD ...: python WORD ... once a slot is free, unle
 
 finish() {  # finish SLOT ...: waits for what runs there, and shows the end of what it said
   for slot; do
-    wait "${pids[slot]}" || { failed+=" ${logs[slot]}" && tail -n 20 "${logs[slot]}" >&2; }
-    echo "== ${logs[slot]} ends: $(tail -n 1 "${logs[slot]}")"
+    if wait "${pids[slot]}"; then lines=1; else lines=20 failed+=" ${logs[slot]}"; fi
+    echo "== ${logs[slot]} ends: $(tail -n $lines "${logs[slot]}")"
     unset "pids[slot]"
   done
 }
