@@ -139,7 +139,6 @@ def test_partition_of_points_in_a_square():
     row, col = near.fill_diagonal_(False).nonzero(as_tuple=True)
     part = torch.empty(4096, dtype=torch.int64)
     part[rivals._partition(row, col, 4096, 16, seeded())] = torch.arange(256)[:, None]
-    # To beat: sixteen columns of 256 points, each cut into sixteen cells.
-    column = x.argsort().argsort() // 256
+    column = x.argsort().argsort() // 256  # to beat: columns, each cut in cells
     cell = (2 * column + y).argsort().argsort() // 16
     assert (part[row] == part[col]).float().mean() > 1.04 * (cell[row] == cell[col]).float().mean()
