@@ -84,7 +84,7 @@ bench() { step bench results/samplers.json bench.py samplers --pairs 10000 --out
 report() { step report - report.py; }
 examples() {
   if [ -n "$begun" ] && [ -z "$dry" ]; then
-    "$python" -m pip install -q -r requirements-examples.txt || fail "no packages for examples/, as told above"
+    "$python" -m pip install -q -r requirements-examples.txt || fail "no packages, for the reason above"
   fi
   for x in examples/[!t]*.py; do step "${x##*/}" - "$x"; done
   step test-examples - -m pytest -q examples

@@ -180,7 +180,7 @@ def test_cost_to_a_target():
     text = {line.split()[0]: line for line in compare.cost_text(list(rows.values())).splitlines()}
     assert text["spectral"].split() == ["spectral", "1", "never", "never", "-30.0"]  # of seed 0
     assert text["osgd"].split() == ["osgd", "3", "1,620", "0.51", "30", "0.51", "+40.0", "±0.0"]
-    assert text["random"].split() == ["random", "3", "100", "1.00", "60", "1.00", "+0.0", "±0.0"]
+    assert text["random"].split() == ["random", "3", "3,200", "1.00", "60", "1.00", "+0.0", "±0.0"]
     for factor, gain in ((2, 0.81 / 2 - 0.41), (16, None)):  # more seconds a step: none is done in time
         slow = [made_up_run("osgd", s, log(0.08 + 0.001 * s, factor)) for s in (0, 1, 2)]
         assert compare.cost(along(runs[:3] + slow), None)[1]["gain"] == (gain and pytest.approx(gain))
