@@ -107,12 +107,15 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
         groups.setdefault(json.dumps(knobs[i], sort_keys=True), []).append(i)
     order = dict.fromkeys(["sampler", "objective", "embeddings", "batch_size", "select_after", "k", "q",
                            *(name for own in knobs for name in own)])
+    differ = {name for name in ("objective", "embeddings", "batch_size")
+              if len({own.get(name) for own in knobs if own["sampler"] != "random"}) > 1}
     for members in sorted(groups.values(), key=min):
         own, peers, words = knobs[members[0]], [knobs[x[0]] for x in groups.values()], []
-        for name in order:  # no more words than it takes to tell groups apart
+        for name in order:  # these three where any runs differ; of others what it takes to tell groups apart
             x = own.get(name)
             alike = [peer for peer in peers if peer.get(name) == x]
-            if name == "sampler" or len(alike) < len(peers) and x not in (None, "simclr"):
+            told = len(alike) < len(peers) or name in differ and own["sampler"] != "random"
+            if name == "sampler" or told and x not in (None, "simclr"):
                 words.append(x if isinstance(x, str) else name.replace("_", "-") + f" {x}" * (x is not True))
             peers = alike
         name = ", ".join(words)
