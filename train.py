@@ -303,12 +303,15 @@ def embed_images(step: Step, images: Tensor, rows: Tensor, chunk: int,
     return u, v
 
 
-def go_on(processes: int) -> str:
-    """The command that resumes this run."""
+def interrupted(step: int, number: int, rank: int, processes: int) -> BaseException:
+    """What ends a run that was saved at this step after the signal `number`; the first process says so."""
     words = [sys.executable]
     if processes > 1:
         words = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(processes))]
-    return shlex.join([*words, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
+    command = shlex.join([*words, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
+    if rank:
+        return SystemExit(128 + number)
+    return Stop(f"\nsaved at step {step}; go on with: {command}", 128 + number)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -410,10 +413,7 @@ def train(knobs: dict) -> None:
             save()
             if processes > 1:
                 dist.barrier()  # torchrun ends all of them when one has ended
-            code = 128 + (caught or [signal.SIGTERM])[0]
-            if rank:
-                sys.exit(code)
-            raise Stop(f"\nsaved at step {state['step']}; go on with: {go_on(processes)}", code)
+            raise interrupted(state["step"], (caught or [signal.SIGTERM])[0], rank, processes)
 
 
 def main(argv: list[str]) -> None:
