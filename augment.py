@@ -31,7 +31,7 @@ class Augmentation(NamedTuple):
 def augmentation_parameters(uniform: Tensor, height: int, width: int, size: int,
                             crop_scale: tuple[float, float] = (0.08, 1.0), jitter: float = 1.0,
                             ) -> Augmentation:
-    """Parameters for images of height×width brought to size×size, from `uniform` [B, NUM_UNIFORM] in [0, 1).
+    """Parameters for images of height×width, views of size×size, from `uniform` [B, NUM_UNIFORM] in [0, 1).
 
     The crop is torchvision's RandomResizedCrop: the first of ten drawn boxes that fits, else the central crop
     of the nearest allowed ratio. Colour jitter (0.4, 0.4, 0.2, 0.1)·jitter is for 80 %, grey for 20 %.

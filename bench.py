@@ -1,27 +1,22 @@
-"""What things cost and what samplers are worth. Each prints a small table of medians, in about a minute.
+"""What samplers are worth and what things cost; each prints a table, in about a minute.
 
-    python bench.py samplers [--run FOLDER | --embeddings FILE.npz]   hardness, time, memory, also of rivals
-    python bench.py step [--image-size 224]   train.py's step: time, arithmetic; hours of the paper's runs
-    python bench.py augment                   against torchvision's transforms, image by image
+    python bench.py samplers [--embeddings FILE.npz]   hardness, time and memory, also of rivals
+    python bench.py step [--image-size 224]            train.py's step, hours of the paper's runs
+    python bench.py augment                            against torchvision's transforms, image by image
 
-The samplers work on embeddings of training images of a finished run (FOLDER), of a short one made for it, or
-of FILE.npz: arrays [n, d] named NAME_u and NAME_v, or u and v, and class ids [n], NAME_labels, if there are.
-Times of one table are measured in turns in one run, so their ratios hold on a busy machine.
+FILE.npz holds arrays NAME_u and NAME_v [n, d] and, if there are, class ids NAME_labels [n]. Times of a table
+are taken in turns, so that ratios hold on a busy machine.
 """
-import argparse
 import contextlib
 import copy
 import ctypes
-import gc
-import importlib.util
 import itertools
 import json
-import signal
+import runpy
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,97 +24,172 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 import cli
-import compare
-import data
-import retrieval
 import rivals
 import samplers
 import train
 from augment import MEAN, NUM_UNIFORM, STD, augment, views_of
 from cli import Stop
-from model import embed
-from samplers import batch_losses
+from data import STATISTICS
+from deadleaves import deadleaves
+from model import ContrastiveModel, embed
 
-CPU = torch.device("cpu")
-HEADINGS = {"over_file_order": "file o.", "relative_to_file_order": "relative"}  # too long for a table
+B, K, TEMPERATURE = 32, 40, 0.1  # samplers: a window is K batches of B pairs
+KNOBS = {
+    "embeddings": (None, str, "samplers: a .npz of embeddings (default: those of a short run)"),
+    "against": (None, str, "samplers: another samplers.py, to compare with"),
+    "pairs": (None, f"int >= {B * K}", "samplers: also so many made-up pairs as one window"),
+    "image_size": (None, "int >= 8", "step: side of the views (default: 32 and 64, on CUDA also 224)"),
+    "out": (None, str, "a .json for all numbers"),
+}
 
 
-# ---------------------------------------------------------------------- measuring
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(*functions: Callable[[], object], rounds: int = 5, calls: int = 1) -> list[float]:
-    """Median seconds a call of each function; they take turns, so that a busy machine slows all alike."""
-    times, tick = [], cli.progress("timing", rounds + 1, "rounds")
-    for i in range(rounds + 1):  # the first round warms up
-        times.append([])
-        for function in functions:
-            wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            wait()
-            times[-1].append((time.perf_counter() - start) / calls)
-            tick(i + len(times[-1]) / len(functions))
+def seconds(*functions: Callable[[], object], rounds: int = 3, calls: int = 1) -> list[float]:
+    """Median seconds a call of each function; they take turns."""
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times, tick = np.zeros((rounds + 1, len(functions))), cli.progress("timing", rounds + 1, "rounds")
+    for i, j in np.ndindex(times.shape):  # the first round warms up
+        sync()
+        start = time.perf_counter()
+        for _ in range(calls):
+            functions[j]()
+        sync()
+        times[i, j] = (time.perf_counter() - start) / calls
+        tick(i + (j + 1) / len(functions))
     return np.median(times[1:], axis=0).tolist()
 
 
-def peak(function: Callable[[], object], device: torch.device = CPU) -> tuple[object, float | None]:
-    """What the function returns, and the MB by which memory in use grew at most while it ran: on CUDA the
-    device's, as torch allocates it, else the process's (Linux; None elsewhere)."""
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+def peak(function: Callable[[], object], device: torch.device) -> float | None:
+    """MB by which memory grew at most: on CUDA torch's, else the process's (None but on Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        return function(), (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        function()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier methods freed goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = status("VmRSS")
     except (OSError, AttributeError):
-        return function(), None
-    return function(), max(0, status("VmHWM") - before) / 1024
+        return None
+
+    def most() -> int:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    before = most()
+    function()
+    return (most() - before) / 1024
 
 
 def show(row: dict, heading: bool) -> None:
-    """Print a row of a table, below its heading if that is due: words to the left, numbers to the right."""
+    """Print a row of a table, below its heading if that is due."""
     def cell(x) -> str:
-        whole = isinstance(x, int) or isinstance(x, float) and abs(x) >= 1000
-        return "-" if x is None else x if isinstance(x, str) else f"{x:,.0f}" if whole else f"{x:.4g}"
-    heads = [HEADINGS.get(key, key.replace("_", " ")) for key in row]
-    widths = [f"<{max(25, len(head)) + 1}" if isinstance(x, str) else f">{max(8, len(head)) + 2}"
-              for head, x in zip(heads, row.values())]
-    for cells in ([heads] if heading else []) + [map(cell, row.values())]:
-        print("".join(format(x, width) for x, width in zip(cells, widths)).rstrip(), flush=True)
+        return "-" if x is None else x if isinstance(x, str) else f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
+    widths = ["<26" if isinstance(x, str) else f">{max(8, len(key)) + 2}" for key, x in row.items()]
+    for cells in ([row] if heading else []) + [map(cell, row.values())]:
+        cli.say("".join(map(format, cells, widths)).rstrip())
 
 
-def race(what: str, unit: str, entrants: dict[str, tuple[Callable, int]], rounds: int = 5) -> None:
-    """Print seconds a call of each function, which does so many units; units/s; their ratio to the first."""
-    times = seconds(*(function for function, _ in entrants.values()), rounds=rounds)
-    rates = [count / s for (_, count), s in zip(entrants.values(), times)]
-    for i, name in enumerate(entrants):
-        row = {what: name, "seconds": times[i], f"{unit}/s": rates[i], "ratio": rates[i] / rates[0]}
-        show(row, heading=i == 0)
+def read_pairs(file: str) -> dict[str, tuple]:
+    """u, v [n, d] and class ids [n] or None by name, of the arrays of a .npz. Raises Stop."""
+    try:
+        with np.load(cli.expand(file)) as found:
+            arrays = {name: torch.from_numpy(x) for name, x in found.items()}
+        sets = {name: (arrays[name + "_u"].float(), arrays[name + "_v"].float(), arrays.get(name + "_labels"))
+                for name in (x[:-2] for x in arrays if x.endswith("_u"))}
+        if not sets:
+            raise ValueError("no NAME_u")
+        for name, (u, v, labels) in sets.items():
+            if not len(v) == len(u if labels is None else labels) == len(u) >= B * K:
+                raise ValueError(f"{name} has {len(u)} pairs of at least {B * K}, or arrays that do not fit")
+        return sets
+    except Exception as error:  # np.load fails in many ways on what is not its own
+        raise Stop(f"--embeddings {file}: {error or type(error).__name__}; give a .npz with arrays NAME_u, "
+                   "NAME_v and, if there are, NAME_labels") from None
 
 
-def clustered(n: int, d: int = 128) -> tuple[Tensor, Tensor]:
-    """Stand-in for a trained network's embeddings: n pairs around n/16 centres, partners close by."""
+def embed_short_run(n: int, device: torch.device, steps: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v [n, d] and class ids [n] of n generated images, after so many steps of train.py on them."""
+    words = f"--sampler random --limit {n} --max-steps {steps}"
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        train.main([*words.split(), "--data-dir", folder, "--out-dir", f"{folder}/run"])
+        saved = torch.load(f"{folder}/run/checkpoint.pt", map_location=device, weights_only=True)
+    model, (images, labels) = ContrastiveModel().to(device), deadleaves("train", n, 0)
+    model.load_state_dict(saved["model"])
+    look = (train.QUICK[x] for x in ("image_size", "crop_scale", "jitter"))
     g = torch.Generator().manual_seed(0)
-    order = torch.randperm(n // 16 * 16, generator=g)
-    centres = torch.randn(n // 16, d, generator=g).repeat_interleave(16, 0)[order]
-    sample = centres + torch.randn(centres.shape, generator=g)
-    return tuple(sample + 0.5 * torch.randn(sample.shape, generator=g) for _ in range(2))
+    rows = torch.randperm(n, generator=g)
+    return *embed(model, views_of(images, g, *look, *STATISTICS["deadleaves"], device), rows), labels[rows]
 
 
-# ---------------------------------------------------------------------- a training step
+def choosers(u: Tensor, v: Tensor, labels: Tensor | None, g: torch.Generator, against=None) -> dict:
+    """By name what chooses the batches [m, B] of a window u, v [K * B, d], labels [K * B] or None.
+
+    against: another spectral_batches. A new rival is a line here.
+    """
+    def spectral(refine: bool, function: Callable = samplers.spectral_batches, **options) -> Callable:
+        return lambda: function(u, v, B, K, TEMPERATURE, g, refine=refine, **options)
+    found = {
+        "random": lambda: torch.cat([samplers.random_batches(len(u), B, g) for _ in range(20)]),
+        "osgd, q = k/10": lambda: samplers.osgd_batches(u, v, B, K, max(1, K // 10), TEMPERATURE),
+        "GCBS": lambda: rivals.gcbs(u, v, B),
+        "released spectral": lambda: rivals.released_spectral(u, v, B, K, TEMPERATURE, g),
+        "B3": lambda: rivals.b3(u, v, B, generator=g),
+        "spectral": spectral(False), "refined": spectral(True)}
+    if against:
+        found |= {"spectral, against": spectral(False, against), "refined, against": spectral(True, against)}
+    if labels is not None:
+        found |= {"refined, exclude=labels": spectral(True, exclude=labels),
+                  "refined, ceiling=0.99": spectral(True, ceiling=0.99)}
+    return found
+
+
+def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: torch.device) -> dict:
+    """Loss (mean of all windows, median of 3 seeds), time and memory of each method on sets of read_pairs."""
+    cli.say(f"windows of {K} batches of {B}; excess: of loss over random, relative: to the released method's")
+    table, g, n = [], torch.Generator(), K * B
+    for name, arrays in sets.items():
+        windows = [[x if x is None else x[i:i + n].to(device) for x in arrays]
+                   for i in range(0, len(arrays[0]) - n + 1, n)]
+        methods = [choosers(*window, g, against) for window in windows]
+        rows, tick = {}, cli.progress("choosing", len(methods[0]), "samplers")
+        for method in methods[0]:
+            losses, shares = np.zeros((3, len(windows))), []
+            for seed, i in np.ndindex(losses.shape):
+                g.manual_seed(seed)
+                (u, v, labels), batches = windows[i], methods[i][method]()
+                losses[seed, i] = samplers.batch_losses(u, v, batches, TEMPERATURE).mean()
+                if labels is not None:
+                    y = labels[batches]
+                    shares.append((y[:, :, None] == y[:, None]).double().mean().item() * B - 1)
+            rows[method] = {"embeddings": name, "sampler": method, "loss": np.median(losses.mean(1)).item(),
+                            "same_class": np.mean(shares).item() / (B - 1) if shares else None}
+            tick(len(rows))
+        matrix = torch.randn(n, n, dtype=torch.float64, device=device)  # eigh reads one half of it
+        eigh, *took = seconds(lambda: torch.linalg.eigh(matrix), *methods[0].values())
+        random, released = rows["random"]["loss"], rows["released spectral"]["loss"]
+        for (method, row), s in zip(rows.items(), took):
+            row["excess"] = row["loss"] - random
+            row["relative"] = row["excess"] / (released - random) if released != random else None
+            row |= {"ms": 1000 * s, "of_eigh": s / eigh, "MB": peak(methods[0][method], device)}
+            show(row, heading=method == "random")
+        table += rows.values()
+    return {"batch_size": B, "k": K, "temperature": TEMPERATURE, "samplers": table}
+
+
+def bench_window(n: int, device: torch.device) -> dict:
+    """Refined batches of n made-up pairs as one window: time, memory."""
+    u, v = torch.randn(2, n, 128, device=device)
+    def choose() -> Tensor:
+        return samplers.spectral_batches(u, v, B, n // B, refine=True)
+    took, = seconds(choose, rounds=1)
+    row = {"pairs": n, "seconds": took, "us_a_pair": 1e6 * took / n, "MB": peak(choose, device)}
+    show(row, heading=True)
+    return row
+
+
 class Operations(TorchDispatchMode):
-    """Counts the operations that are dispatched under it, those of backward as well."""
+    """Counts the operations under it, those of backward as well."""
     count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
@@ -127,15 +197,14 @@ class Operations(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-def training_step(size: int, batch_size: int, mode: str, device: torch.device) -> tuple:
-    """A function that makes one of train.py's own steps on random images, and the network that it trains.
-
-    mode: eager, graph or compile. The one place that knows what train.py calls its parts.
-    """
-    words = ["--sampler", "random", "--image-size", str(size), "--batch-size", str(batch_size)]
+def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
+    """Time, operations and arithmetic of train.py's own step, beside the product a @ a of a [n, n]."""
+    if mode == "compile":
+        torch.compiler.reset()  # else another size is a recompilation, of which there may be few
+    words = f"--sampler random --image-size {size} --batch-size {batch_size} --step {mode}"
     side = min(size, 64)  # before augmentation, as in the paper's data sets
-    images = torch.randint(256, (1024, 3, side, side), dtype=torch.uint8, device=device)
-    trained = train.Step(train.settle([*words, "--step", mode]), images, device)
+    images = torch.randint(256, (1024, 3, side, side), dtype=torch.uint8, device=a.device)
+    trained = train.Step(train.settle(words.split()), images, a.device)
     rows, uniform = torch.randperm(len(images))[:batch_size], torch.rand(2 * batch_size, NUM_UNIFORM)
 
     def step() -> None:
@@ -143,225 +212,50 @@ def training_step(size: int, batch_size: int, mode: str, device: torch.device) -
         trained(rows, uniform, 0.01)
     for _ in range(train.WARM + 1):  # the last one captures
         step()
-    return step, trained.model
-
-
-def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
-    """Time, operations and arithmetic of a step, beside the product of the matrix a [n, n] with itself."""
-    step, model = training_step(size, batch_size, mode, a.device)
     with Operations() if mode != "compile" else contextlib.nullcontext() as counter:
         step()  # under the counter a compiled network would run as it was before
-    # On a CPU about a second of steps a round.
-    calls = 50 if a.device.type == "cuda" else max(1, round(1 / seconds(step, rounds=1)[0]))
+    calls = max(1, round(1 / seconds(step, rounds=1)[0]))  # about a second of steps a round
     took, product = seconds(step, lambda: a @ a, calls=calls)
     with FlopCounterMode(display=False) as flops:  # by shapes alone
         views = torch.zeros(2 * batch_size, 3, size, size, device="meta")
-        copy.deepcopy(model).to("meta")(views).sum().backward()
+        copy.deepcopy(trained.model).to("meta")(views).sum().backward()
     rate, best = flops.get_total_flops() / took / 1e12, 2 * len(a)**3 / product / 1e12
     return {"ms": 1000 * took, "images/s": batch_size / took, "operations": counter and counter.count,
             "TFLOP/s": rate, "of_product": rate / best, "product_TFLOP/s": best}
 
 
 def paper_hours(ms: dict[int, float]) -> dict[str, float]:
-    """Hours of the steps of the paper's twelve runs, from the ms of a step of 32 images by their pixels."""
-    cifar, tiny = (6 * 100 * (n // 32) for n in (50_000, 100_000))  # six runs of 100 epochs each
-    total = {"224 px": (cifar + tiny) * ms[224]} if 224 in ms else {}
-    if {32, 64} <= ms.keys():
-        total["own size"] = cifar * ms[32] + tiny * ms[64]
-    return {where: x / 3.6e6 for where, x in total.items()}
+    """Hours of the paper's twelve runs, from the ms of a step of 32 images by their pixels."""
+    cifar, tiny = (6 * 100 * (n // 32) / 3.6e6 for n in (50_000, 100_000))  # six runs of 100 epochs each
+    sides = {"224 px": (224, 224), "own size": (32, 64)}
+    return {name: cifar * ms[a] + tiny * ms[b] for name, (a, b) in sides.items() if {a, b} <= ms.keys()}
 
 
-def bench_step(sizes: list[int] | None, out: Path | None = None, batch_sizes: tuple = (32, 128)) -> None:
-    """Each way of making train.py's step, beside a large matrix product, and hours of the paper's runs."""
-    device = cli.pick_device("auto")
-    cuda = device.type == "cuda"
-    sizes = sizes or ([32, 64, 224] if cuda else [32, 64])
-    for size in sizes:
-        train.settle(["--image-size", str(size)])  # refuses one now, not after the others
+def bench_step(device: torch.device, size: int | None) -> dict:
+    """Each way of making train.py's step, and hours of the paper's runs."""
+    cuda, hours, table = device.type == "cuda", {}, []
     side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a = torch.randn(side, side, device=device, dtype=dtype)
-    record = {"experiment": "step", **cli.provenance(device), "product": f"{side}^3, {dtype}", "steps": []}
-    print(f"train.py's step on two views of each of B images, {record['device']}\n"
-          f"product: of two {side} x {side} matrices in {dtype}, in turns with the steps")
-    modes = {mode: {} for mode in (("eager", "graph", "compile") if cuda else ("eager",))}
-    for mode, size, batch_size in itertools.product(modes, sizes, batch_sizes):
-        row = {"step": mode, "pixels": size, "B": batch_size}
-        try:
-            row |= measure_step(size, batch_size, mode, a)
-            modes[mode] |= {size: row["ms"]} if batch_size == 32 else {}
-        except RuntimeError as error:  # too little memory, no compiler: the other rows still count
-            if not cuda:
-                raise
-            row["failed"] = f"{type(error).__name__}: {error}"[:300]
-        show(row, heading=not record["steps"])
-        record["steps"].append(row)
-        record["paper_hours"] = {mode: paper_hours(ms) for mode, ms in modes.items()}
-        save(record, out)  # after each row, as a later one may end the process
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.compiler.reset()
-    print("hours of the steps of the paper's twelve runs, six of CIFAR-100, six of Tiny ImageNet, at 224 px\n"
-          f"and at their own 32 and 64 px: {json.dumps(record['paper_hours'])}")
+    cli.say(f"train.py's step on two views of each of B images; product: {side} x {side}, {dtype}")
+    for mode in ("eager", "graph", "compile") if cuda else ("eager",):
+        ms = {}
+        for pixels, count in itertools.product([size] if size else [32, 64] + [224] * cuda, (32, 128)):
+            table.append(row := {"step": mode, "pixels": pixels, "B": count})
+            try:
+                row |= measure_step(pixels, count, mode, a)
+                ms |= {pixels: row["ms"]} if count == 32 else {}
+            except RuntimeError as error:  # too little memory, no compiler: the other rows still count
+                row["failed"] = f"{type(error).__name__}: {error}"[:300]
+            show(row, heading=len(table) == 1)
+        hours[mode] = paper_hours(ms)
+    cli.say(f"hours of the paper's runs, six of CIFAR-100 and six of Tiny ImageNet: {json.dumps(hours)}")
+    return {"product": f"{side}^3, {dtype}", "steps": table, "paper_hours": hours}
 
 
-# ---------------------------------------------------------------------- samplers
-def read_pairs(file: str) -> dict[str, tuple]:
-    """u, v [n, d] float32 and class ids [n] or None by name, of the arrays of a .npz. Raises Stop."""
-    def refuse(what: str) -> Stop:
-        return Stop(f"--embeddings {file}: {what}; give a .npz with arrays NAME_u and NAME_v [n, d], and "
-                    "NAME_labels [n] if there are")
-    try:
-        with np.load(cli.expand(file), allow_pickle=False) as arrays:
-            arrays = {name: torch.from_numpy(x) for name, x in arrays.items()}
-    except Exception as error:  # np.load fails in many ways on what is not its own
-        raise refuse(f"cannot be read ({type(error).__name__})") from None
-    sets = {}
-    for name in (name[:-1] for name in arrays if name == "u" or name.endswith("_u")):
-        found = {name + x: arrays[name + x] for x in ("u", "v", "labels") if name + x in arrays}
-        if name + "v" not in found:
-            raise refuse(f"{name}u is without {name}v")
-        u, v, labels = (found.get(name + x) for x in ("u", "v", "labels"))
-        if u.ndim != 2 or u.shape != v.shape or labels is not None and labels.shape != u.shape[:1]:
-            raise refuse(", ".join(f"{x} is {tuple(found[x].shape)}" for x in found))
-        sets[name.rstrip("_") or "embeddings"] = u.float(), v.float(), labels
-    if not sets:
-        raise refuse(f"no pairs among its arrays ({', '.join(arrays) or 'it has none'})")
-    return sets
-
-
-def read_samplers(file: str):
-    """Another version of samplers.py, as a module. Raises Stop."""
-    try:
-        spec = importlib.util.spec_from_file_location("other_samplers", cli.expand(file))
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        if not hasattr(module, "spectral_batches"):
-            raise AttributeError("it has no spectral_batches")
-        return module
-    except Exception as error:  # whatever that file does
-        raise Stop(f"--against {file}: {type(error).__name__}: {error}; give a samplers.py") from None
-
-
-def embed_run(folder: str, data_dir: str | None, n: int, device: torch.device = CPU) -> tuple:
-    """u, v [n, d] of two views of n training images of a finished run, in a random order; class ids [n]."""
-    (run,) = compare.read_runs([folder])
-    knobs, g = run.knobs, torch.Generator().manual_seed(0)
-    network = retrieval.load_checkpoint(run.folder / "checkpoint.pt", knobs).to(device)
-    images, labels = data.load(
-        knobs["dataset"], "train", cli.expand(data_dir or knobs["data_dir"]), num_images=n,
-        source_size=knobs["source_size"], skip_broken=knobs["skip_broken"])
-    rows = data.limit_indices(labels, min(n, len(images)))
-    rows = rows[torch.randperm(len(rows), generator=g)]
-    views = views_of(images, g, knobs["image_size"], knobs["crop_scale"], knobs["jitter"],
-                     *data.STATISTICS[knobs["dataset"]], device)
-    return *embed(network, views, rows, on_chunk=cli.progress("embedding", len(rows), "images")), labels[rows]
-
-
-def embed_short_run(n: int, device: torch.device, steps: int = 128) -> tuple:
-    """embed_run of a run of so many steps on n generated images."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        train.main(["--data-dir", folder, "--out-dir", f"{folder}/run", "--sampler", "random",
-                    "--limit", str(n), "--max-steps", str(steps)])
-        return embed_run(f"{folder}/run", None, n, device)
-
-
-def same_class(labels: Tensor) -> float:
-    """Share of the pairs inside a batch that are of one class, mean over batches; labels [m, B]."""
-    size = labels.shape[1]
-    pairs = (labels[:, :, None] == labels[:, None]).sum((1, 2)) - size
-    return pairs.float().mean().item() / (size * (size - 1))
-
-
-def compare_samplers(windows: list, methods: dict[str, Callable], temperature: float, rounds: int) -> dict:
-    """By method a row of the table. windows: u, v and class ids or None of each; the first one is timed."""
-    g, table = torch.Generator(), {}
-    tick = cli.progress("choosing", len(methods), "samplers")
-    for method, choose in methods.items():
-        losses, shares = [], []
-        for seed in range(3):
-            chosen = [(*window, choose(*window, g.manual_seed(seed))) for window in windows]
-            means = [batch_losses(u, v, rows, temperature).mean().item() for u, v, _, rows in chosen]
-            losses.append(np.mean(means))
-            shares += [same_class(labels[rows]) for _, _, labels, rows in chosen if labels is not None]
-        share = float(np.mean(shares)) if shares else None
-        table[method] = {"loss": float(np.median(losses)), "same_class": share}
-        tick(len(table))
-    u = windows[0][0]
-    matrix = torch.randn(len(u), len(u), dtype=torch.float64, device=u.device)  # eigh reads one half of it
-    calls = [partial(lambda choose: choose(*windows[0], g.manual_seed(0)), x) for x in methods.values()]
-    eigh, *took = seconds(lambda: torch.linalg.eigh(matrix), *calls, rounds=rounds)
-    for row, call, s in zip(table.values(), calls, took):
-        for base, *keys in (("random", "excess", "relative"),
-                            ("in file order", "over_file_order", "relative_to_file_order")):
-            if base in table:
-                released = table["released spectral"]["loss"] - table[base]["loss"]
-                excess = row["loss"] - table[base]["loss"]
-                row |= dict(zip(keys, (excess, excess / released if released else None)))
-        row |= {"ms": 1000 * s, "of_eigh": s / eigh, "MB": peak(call, u.device)[1]}
-    return table
-
-
-def bench_samplers(source: str, sets: dict[str, tuple], pairs: list[int], size: int = 32, k: int = 40,
-                   temperature: float = 0.1, file_order: bool = False, other=None, rounds: int = 3,
-                   device: torch.device = CPU, out: Path | None = None) -> None:
-    """Batches of `size` from windows of k * size pairs: mean loss, its excess, time, memory; then growth.
-
-    sets: u, v [n, d] and class ids [n], or None, by name. file_order: their order means something, so it is a
-    baseline as well. other: a second samplers.py, to compare with.
-    """
-    window = k * size
-    record = {"experiment": "samplers", "embeddings": source, "batch_size": size, "k": k,
-              "temperature": temperature, **cli.provenance(device), "samplers": [], "growth": []}
-    print(f"embeddings: {source}; {record['device']}\nwindows of k={k} batches of B={size}; loss: mean of "
-          "batches, median of 3 seeds; excess: beyond random batches;\nrelative: in excesses of the released "
-          "method; both again beyond batches in file order; same class: share\nof the pairs in a batch; of "
-          "eigh: ms in those of a torch.linalg.eigh; MB: most memory, less that before")
-    for name, arrays in sets.items():
-        u, v, labels = (x if x is None else x.to(device) for x in arrays)
-        parts = [[x if x is None else x[i:i + window] for x in (u, v, labels)]
-                 for i in range(0, len(u) - window + 1, window)]
-        if not parts:
-            raise Stop(f"{name} has {len(u):,} pairs and a window takes {window:,}: give more")
-        methods = rivals.choosers(size, k, temperature, file_order, labels is not None, other)
-        rows = compare_samplers(parts, methods, temperature, rounds)
-        for method, row in rows.items():
-            record["samplers"].append({"embeddings": name, "sampler": method, **row})
-            show(record["samplers"][-1], heading=method == "random")
-        others = [(x, f"{x}, against") for x in ("spectral", "refined") if other]
-        for x, y in [("spectral", "refined"), *others]:
-            excess, ms = (rows[x][key] / rows[y][key] for key in ("excess", "ms"))
-            print(f"{x}: {excess:.3f} of the excess of {y} at {ms:.2f} of its time")
-    print("\nall pairs as one window, refined, in parts (made-up embeddings of 128 dimensions)")
-    tick, g = cli.progress("growth", sum(pairs), "pairs"), torch.Generator()
-    refine = partial(samplers.spectral_batches, batch_size=size, temperature=temperature, refine=True)
-    for n in pairs:
-        u, v = (x.to(device) for x in clustered(n))
-        wait()
-        start = time.perf_counter()
-        batches, memory = peak(lambda: refine(u, v, k=n // size, generator=g.manual_seed(0)), device)
-        wait()
-        took, few = time.perf_counter() - start, 8 * window
-        random = torch.arange(n // size * size).view(-1, size)
-        windows = refine(u[:few], v[:few], k=k, generator=g.manual_seed(0))
-        losses = (batch_losses(u, v, x, temperature).mean().item() for x in (random, windows, batches))
-        row = {"pairs": n, **dict(zip(("random", "windows", "all"), losses)), "seconds": took,
-               "us_a_pair": 1e6 * took / n, "MB": memory}
-        record["growth"].append(row)
-        show(row, heading=n == pairs[0])
-        tick(sum(row["pairs"] for row in record["growth"]))
-    save(record, out)
-
-
-def save(record: dict, out: Path | None) -> None:
-    if out:
-        cli.write_atomically(out, json.dumps(record, indent=1, allow_nan=False).encode())
-
-
-# ---------------------------------------------------------------------- the rest
-def bench_augment() -> None:
-    """One step's batch (two views of 32 images) and a large one."""
-    from torchvision.transforms import v2
-    for side, count, rounds in (32, 64, 15), (32, 2048, 5), (64, 64, 11), (64, 2048, 5):
+def bench_augment() -> dict:
+    """Images a second on the CPU, of one step's batch and of a large one."""
+    table = []
+    for side, count in itertools.product((32, 64), (64, 2048)):
         images, g = torch.randint(256, (count, 3, side, side), dtype=torch.uint8), torch.Generator()
         pipeline = v2.Compose([
             v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip(),
@@ -369,55 +263,40 @@ def bench_augment() -> None:
             v2.GaussianBlur(max(3, side // 10 | 1), (0.1 * side / 224, 2 * side / 224)),
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
         # torchvision's time an image does not depend on how many there are.
-        race(f"{count:,} images of {side} px", "images", {
-            "torchvision, one by one": (lambda: torch.stack([pipeline(image) for image in images[:64]]), 64),
-            "augment": (lambda: augment(images, side, g), count)}, rounds=rounds)
+        theirs, ours = seconds(lambda: [pipeline(image) for image in images[:64]],
+                               lambda: augment(images, side, g), rounds=7)
+        row = {"images": count, "pixels": side, "augment/s": count / ours, "torchvision/s": 64 / theirs}
+        table.append(row | {"ratio": row["augment/s"] / row["torchvision/s"]})
+        show(table[-1], heading=len(table) == 1)
+    return {"augment": table}
 
 
-# ---------------------------------------------------------------------- the command line
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    benches = {name.removeprefix("bench_"): f for name, f in globals().items() if name.startswith("bench_")}
-    parser.add_argument("what", choices=list(benches))
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--embeddings", metavar="FILE.npz", help="samplers: on these (default: a short run's)")
-    given.add_argument("--run", metavar="FOLDER", help="samplers: on those by the network of a finished run")
-    parser.add_argument("--data-dir", metavar="DIR", help="samplers: that run's data (default: as trained)")
-    parser.add_argument("--against", metavar="FILE.py", help="samplers: and those of another samplers.py")
-    parser.add_argument("--pairs", metavar="N", type=int, nargs="*", default=[10_000, 100_000],
-                        help="samplers: sizes of which growth is measured (default: 10000 100000)")
-    parser.add_argument("--image-size", metavar="S", type=int, nargs="+",
-                        help="step: sides of the views (default: 32 64, on CUDA 32 64 224)")
-    parser.add_argument("--out", metavar="FILE.json", type=cli.expand, help="samplers, step: write all here")
-
-    def refuse(message: str) -> None:
-        raise Stop(f"{message}; see --help")
-    parser.error = refuse
-    words = parser.parse_args(argv)
-    window, device = 32 * 40, cli.pick_device("auto")
-    if min(words.pairs, default=window) < window:
-        raise Stop(f"--pairs {min(words.pairs)}: less than a window; give {window} or more")
+    knobs, _ = cli.parse(argv, __doc__, KNOBS, {}, words="what")
+    what, out, device = " ".join(knobs["what"]), cli.expand(knobs["out"] or ""), cli.pick_device("auto")
     try:
-        if words.out:  # said before the minute, not after
-            words.out.parent.mkdir(parents=True, exist_ok=True)
-        if words.what == "step":
-            bench_step(words.image_size, words.out)
-        elif words.what == "samplers":
-            other = words.against and read_samplers(words.against)
-            if words.embeddings:
-                sets = read_pairs(words.embeddings)
-            elif words.run:
-                sets = {Path(words.run).name: embed_run(words.run, words.data_dir, 2 * window, device)}
-            else:
-                sets = {"deadleaves": embed_short_run(2 * window, device)}
-            bench_samplers(words.embeddings or words.run or "a short run of train.py", sets, words.pairs,
-                           file_order=bool(words.embeddings), other=other, device=device, out=words.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if what == "samplers":
+            other = runpy.run_path(knobs["against"]) if knobs["against"] else {"spectral_batches": None}
+            if "spectral_batches" not in other:
+                raise Stop(f"--against {knobs['against']}: no spectral_batches in it; give a samplers.py")
+            sets = (read_pairs(knobs["embeddings"]) if knobs["embeddings"] else
+                    {"deadleaves": embed_short_run(2 * K * B, device)})
+            record = bench_samplers(sets, other["spectral_batches"], device)
+            if knobs["pairs"]:
+                record["one_window"] = bench_window(knobs["pairs"], device)
+        elif what == "step":
+            record = bench_step(device, knobs["image_size"])
+        elif what == "augment":
+            record = bench_augment()
         else:
-            benches[words.what]()
+            raise Stop(f"{what or 'nothing'} to measure{cli.nearest(what, ('samplers', 'step', 'augment'))}")
     except (OSError, ValueError) as error:
         raise Stop(str(error)) from None
+    if knobs["out"]:
+        record = {"experiment": what, **cli.provenance(device), **record}
+        cli.write_atomically(out, json.dumps(record, indent=1, allow_nan=False).encode())
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its output may be cut, as by head
     sys.exit(cli.run(main, "bench.py"))

@@ -7,12 +7,10 @@ The files come from retrieval.py --export, which compares runs by the same funct
 """
 import glob
 import gzip
+import itertools
 import json
 import math
-import os
-import signal
 import sys
-import textwrap
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -29,16 +27,11 @@ KNOBS = {
     "target": (None, "float > 0 < 1", "R@1 to reach, between 0 and 1 (default: what the baseline ends at)"),
     "out": ("results", str, "folder of what is written"),
 }
-NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "linear": "linear probe",
-         "knn": "20 nearest neighbours", **{f"severity_{s}": f"R@1, severity {s}" for s in range(1, 6)},
-         "R1_inner_product": "R@1, inner product"}
+NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "R1_inner_product": "inner",
+         "linear": "linear", "knn": "20 NN", **{f"severity_{s}": f"sev{s}" for s in range(1, 6)}}
 NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "compile", "step", "resume", "max_steps",
                 "log_every", "checkpoint_minutes"}
 SAME_VIEWS = ("dataset", "source_size", "image_size", "crop_scale", "jitter", "skip_broken")
-KINDS = {"seed": int, "batch_size": int, "image_size": int, "limit": (int, type(None)), "sampler": str,
-         "objective": str} | dict.fromkeys(SAME_VIEWS, object)  # of the knobs that are needed
-LOGGED = ("step", "R1", "seconds_training", "seconds_selecting")  # in each line of log.jsonl
-DRAWS = 20_000  # of seeds, for ratios
 FEWEST = 20  # images that a verdict takes
 
 
@@ -48,59 +41,42 @@ class Run(NamedTuple):
     knobs: dict      # of config.json
     made_by: dict    # result.json: commit, device, versions and more
     log: list[dict]  # a line an epoch
-    # By title of a table: images, their number; images_digest; values, by score in 0 to 1 of each image
-    # [images] or the mean alone [1], the first being what runs are judged by, of an image the mean of
-    # `parts` zeros and ones; scores, means and standard errors of these and more.
+    # By title of a table: images, their number; images_digest; values by score, in 0 to 1, of each image
+    # [images] or the mean alone [1], the first, of `parts` zeros and ones, judges; scores, {"mean": of each}.
     scores: dict[str, dict] = {}
 
 
-def checked(run: Run) -> Run:
-    """The run; raises ValueError, KeyError or TypeError where something is not as train.py wrote it."""
-    if not run.log or not all(isinstance(run.knobs[name], kind) for name, kind in KINDS.items()) \
-            or not all(math.isfinite(line[name]) for line in run.log for name in LOGGED):
-        raise ValueError
-    return run
-
-
 def read_runs(words: list[str]) -> list[Run]:
-    """The finished runs in these folders; a word that is no folder may be a pattern with * ? [. Raises Stop.
-    Folders that are called .old-... are those of former code: no pattern takes them."""
+    """The finished runs in these folders, or in those that match a pattern with * ? [. Raises Stop."""
     if not words:
         raise Stop("name the folders of finished runs, for example: python retrieval.py runs/quick-*")
-    folders, runs = {}, []
+    folders, runs = [], []
     for word in words:
-        found = [str(cli.expand(word))]
-        if glob.has_magic(word) and not Path(found[0]).is_dir():
-            found = [x for x in sorted(glob.glob(found[0]))
-                     if Path(x).is_dir() and ".old-" not in Path(x).name]
+        path = cli.expand(word)
+        found = sorted(glob.glob(f"{path}/")) if glob.has_magic(word) and not path.is_dir() else [path]
         if not found:
             raise Stop(f"{word} matches no folder: give folders that hold a result.json")
-        folders |= {Path(x).resolve(): Path(x) for x in found}
-    for folder in folders.values():
+        folders += map(Path, found)
+    for folder in folders:
         try:
             config, made_by = (json.loads((folder / x).read_text()) for x in ("config.json", "result.json"))
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            runs.append(checked(Run(folder, config["knobs"], made_by, log)))
-            if not isinstance(runs[-1].knobs["data_dir"], str):
-                raise ValueError
-        except OSError:
-            raise Stop(f"no finished run in {folder}: give folders that hold a result.json, or finish the "
-                       "run with train.py --resume") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Stop(f"{folder}: its config.json, result.json or log.jsonl is not of train.py or damaged: "
-                       "leave it out") from None
+            runs.append(Run(folder, config["knobs"], made_by, log))
+        except (OSError, ValueError, KeyError) as error:
+            raise Stop(f"no finished run in {folder} ({error}): give folders that hold a result.json, or "
+                       "finish the run with train.py --resume") from None
     return runs
 
 
 def export(runs: list[Run]) -> bytes:
     """A compressed file of all that tables and curves are made of, without paths of this machine."""
-    def first(task: dict) -> list[int]:  # small integers: a tenth of the bytes
-        return np.rint(next(iter(task["values"].values())) * task["parts"]).astype(int).tolist()
+    def short(task: dict) -> dict:  # of the first score small integers: a tenth of the bytes
+        first = np.rint(next(iter(task["values"].values())) * task["parts"]).astype(int).tolist()
+        return {x: task[x] for x in ("images", "images_digest", "parts", "scores")} | {"values": first}
     records = [{"name": run.folder.name, "log": run.log,
                 "knobs": {name: x for name, x in run.knobs.items() if name not in ("data_dir", "out_dir")},
                 "made_by": {x: run.made_by.get(x) for x in ("commit", "device", "time", "versions")},
-                "scores": {title: task | {"values": first(task)} for title, task in run.scores.items()}}
-               for run in runs]
+                "scores": {title: short(task) for title, task in run.scores.items()}} for run in runs]
     return gzip.compress(json.dumps({"runs": records}).encode(), mtime=0)
 
 
@@ -110,57 +86,53 @@ def read_file(path: Path) -> list[Run]:
         means = {name: np.array([x["mean"]]) for name, x in task["scores"].items() if name in NAMES}
         return means | {next(iter(means)): np.array(task["values"]) / task["parts"]}
     try:
-        return [checked(Run(Path(x["name"]), x["knobs"], x["made_by"], x["log"],
-                            {title: task | {"values": values(task)} for title, task in x["scores"].items()}))
+        return [Run(Path(x["name"]), x["knobs"], x["made_by"], x["log"],
+                    {title: task | {"values": values(task)} for title, task in x["scores"].items()})
                 for x in json.loads(gzip.decompress(path.read_bytes()))["runs"]]
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise Stop(f"{path}: {error.strerror}; give a file that retrieval.py --export wrote") from None
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        raise Stop(f"{path} is damaged or not of retrieval.py --export: give another one") from None
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError) as error:
+        raise Stop(f"{path} cannot be read ({error}): give a file that retrieval.py --export wrote") from None
 
 
 # -------------------------------------------------------------------------------- groups
 def group_runs(runs: list[Run]) -> dict[str, list[int]]:
     """Positions of the runs that differ in seed alone, by the knobs in which groups differ. Raises Stop."""
-    for run in runs:
-        for name in SAME_VIEWS:
-            one, other = runs[0].knobs[name], run.knobs[name]
-            if one != other:
-                raise Stop(f"{runs[0].folder} has {name} {one} and {run.folder} {other}: they see other "
-                           "views, so give them apart")
+    for name in SAME_VIEWS:
+        if other := [run.folder for run in runs if run.knobs[name] != runs[0].knobs[name]]:
+            raise Stop(f"{runs[0].folder} and {other[0]} differ in {name}, so in views: give them apart")
     # What a run of an older commit has no word of counts as absent; a run may have been stopped or extended.
     knobs = [{name: x for name, x in {**run.knobs, "steps": run.log[-1]["step"]}.items()
               if name not in NOT_COMPARED and x not in (None, False)} for run in runs]
     groups, named = {}, {}
     for i in sorted(range(len(runs)), key=lambda i: runs[i].knobs["seed"]):
         groups.setdefault(json.dumps(knobs[i], sort_keys=True), []).append(i)
-    order = dict.fromkeys(["sampler", "objective", "embeddings", "select_after", "k", "q", *runs[0].knobs,
+    order = dict.fromkeys(["sampler", "objective", "embeddings", "batch_size", "select_after", "k", "q",
                            *(name for own in knobs for name in own)])
+    differ = {name for name in ("objective", "embeddings", "batch_size")
+              if len({own.get(name) for own in knobs if own["sampler"] != "random"}) > 1}
     for members in sorted(groups.values(), key=min):
         own, peers, words = knobs[members[0]], [knobs[x[0]] for x in groups.values()], []
-        for name in order:  # no more words than it takes to tell groups apart
+        for name in order:  # these three where any runs differ; of others what it takes to tell groups apart
             x = own.get(name)
-            others = [peer for peer in peers if peer.get(name) != x]
-            if name == "sampler" or others and x not in (None, "simclr"):
+            alike = [peer for peer in peers if peer.get(name) == x]
+            told = len(alike) < len(peers) or name in differ and own["sampler"] != "random"
+            if name == "sampler" or told and x not in (None, "simclr"):
                 words.append(x if isinstance(x, str) else name.replace("_", "-") + f" {x}" * (x is not True))
-            peers = [peer for peer in peers if peer.get(name) == x]
+            peers = alike
         name = ", ".join(words)
         named[name if name not in named else f"{name} ({len(named)})"] = members
-        for i, j in zip(members, members[1:]):
-            if runs[i].knobs["seed"] == runs[j].knobs["seed"]:
-                raise Stop(f"{runs[i].folder} and {runs[j].folder} are runs of the same settings and seed "
-                           f"{runs[i].knobs['seed']}: leave one out")
+        for one, other in itertools.pairwise(runs[i] for i in members):
+            if one.knobs["seed"] == other.knobs["seed"]:
+                raise Stop(f"{one.folder} and {other.folder} have the same settings and seed: leave one out")
     return named
 
 
 def baseline_first(groups: dict[str, list[int]], runs: list[Run], name: str | None) -> dict[str, list[int]]:
     """The groups, first the baseline: the one that is named, or random with NT-Xent. Raises Stop."""
-    plain = {group.replace(",", ""): group for group in groups}  # commas need not be typed
-    if name and name.replace(",", "") not in plain:
+    if name and name not in groups:
         raise Stop(f"--baseline {name}: no such group{cli.nearest(name, groups)}")
     usual = [group for group, members in groups.items()
              if [runs[members[0]].knobs[x] for x in ("sampler", "objective")] == ["random", "simclr"]]
-    baseline = plain[name.replace(",", "")] if name else (usual or list(groups))[0]
+    baseline = name or [*usual, *groups][0]
     return {baseline: groups[baseline], **groups}
 
 
@@ -171,9 +143,8 @@ def interval(groups: list[np.ndarray]) -> tuple[float, float, float]:
     groups: scores [S, n] of independent groups of S seeds on the same n images: one group; a group of paired
     differences; or a group and the negative of another. What images and what seeds add to the variance has
     degrees of freedom of its own, so half-widths by Student's t are added in squares (Zou and Donner,
-    Statistics in Medicine 2008), which is wide enough for two seeds as well. Where a group has one seed,
-    nothing is said about other seeds. Few seeds can agree by luck: no interval is narrower than the images
-    alone make it. """
+    Statistics in Medicine 2008). One seed says nothing about others; few can agree by luck, so no interval is
+    narrower than the images alone make it. """
     by_image = sum(x.mean(0) for x in groups)  # [n]
     n, several = len(by_image), [x for x in groups if len(x) > 1]
     images, t = (by_image.var(ddof=1) / n, stdtrit(n - 1, 0.975)) if n > 1 else (0.0, 0.0)
@@ -186,8 +157,7 @@ def interval(groups: list[np.ndarray]) -> tuple[float, float, float]:
 
 
 def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Mean x less mean y for interval(), of scores [n] by seed: paired by common seeds, two or all of
-    one's."""
+    """Mean x less mean y for interval(), of scores [n] by seed: paired by two common seeds, or one's only."""
     common = sorted(x.keys() & y.keys())
     if len(common) > 1 or common and min(len(x), len(y)) == 1:
         return [np.stack([x[s] - y[s] for s in common])]
@@ -195,209 +165,154 @@ def difference(x: dict[int, np.ndarray], y: dict[int, np.ndarray]) -> list[np.nd
     return [x, -y] if min(len(x), len(y)) > 1 else [x.mean(0, keepdims=True) - y.mean(0, keepdims=True)]
 
 
-def verdict(low: float, high: float) -> str:
-    """Of the interval of a difference; nan: not settled."""
-    return "better" if low > 0 else "worse" if high < 0 else "not settled"
-
-
 # -------------------------------------------------------------------------------- tables
 def table(title: str, runs: list[Run], groups: dict[str, list[int]]) -> list[dict]:
     """A row for each group: its scores with intervals, and the first score less that of the first group."""
-    images, names = runs[0].scores[title]["images"], list(runs[0].scores[title]["values"])
-    by_seed = {group: {runs[i].knobs["seed"]: runs[i].scores[title]["values"] for i in members}
-               for group, members in groups.items()}
-    baseline, rows = next(iter(groups)), []
+    images = runs[0].scores[title]["images"]
+    names = [x for x in runs[0].scores[title]["values"] if x in NAMES]
+    by_seed, rows = {group: {runs[i].knobs["seed"]: runs[i].scores[title]["values"] for i in members}
+                     for group, members in groups.items()}, []
     for group, own in by_seed.items():
-        row = {"group": group, "seeds": len(own), "images": images,
-               "interval_over": "seeds and images" if len(own) > 1 else "images"}
+        row = {"group": group, "seeds": len(own), "images": images}
         for name in names:
             values = [x[name] for x in own.values()]
             row[name] = float(np.mean([x.mean() for x in values]))
             if len(values[0]) == images:
                 low, high = interval([np.stack(values)])[1:]
                 row[f"{name}_interval"] = [max(0.0, low), min(1.0, high)]
-        change = difference(*({seed: x[names[0]] for seed, x in y.items()} for y in (own, by_seed[baseline])))
-        row["difference"], *row["difference_interval"] = interval(change)
-        row["difference_seeds"] = min(map(len, change))
-        paired = len(change) == 1 and own.keys() & by_seed[baseline].keys()
-        row["difference_over"] = ("seeds and images" if row["difference_seeds"] > 1 else "images") + \
-            ", paired by seed" * bool(paired)
-        # Another seed can turn what one seed shows, and what a handful of images show is chance.
-        settled = row["difference_seeds"] > 1 and images >= FEWEST
-        row["verdict"] = verdict(*row["difference_interval"]) if settled else "not settled"
-        if group == baseline:
+        first = [{seed: x[names[0]] for seed, x in y.items()} for y in (own, by_seed[next(iter(groups))])]
+        mean, low, high = interval(change := difference(*first))
+        seeds = min(map(len, change))
+        row |= {"difference": mean, "difference_interval": [low, high], "difference_seeds": seeds,
+                "verdict": "better" if low > 0 else "worse" if high < 0 else "not settled"}
+        if seeds == 1 or images < FEWEST:  # another seed can turn it; few images show chance
+            row["verdict"] = "not settled"
+        if not rows:
             row |= dict.fromkeys(x for x in row if x.startswith("difference")) | {"verdict": "baseline"}
         rows.append(row | {x: float(np.mean([runs[i].log[-1][x] for i in groups[group]]))
                            for x in ("seconds_training", "seconds_selecting")})
     return rows
 
 
-def interval_over(rows: list[dict]) -> str:
-    """What the intervals of the rows of table() are over, in words."""
-    over = {row["interval_over"] for row in rows}
-    return " (several seeds) or ".join(sorted(over, reverse=True)) + " (one seed)" * ("images" in over)
-
-
 def aligned(lines: list[list[str]]) -> str:
-    """Columns side by side, the first one on the left; the first line is the head, broken into short ones."""
-    head = [textwrap.wrap(cell, 9, break_long_words=False, break_on_hyphens=False) for cell in lines[0]]
-    height = max(map(len, head))
-    lines = [*zip(*([""] * (height - len(cell)) + cell for cell in head)), *lines[1:]]
+    """Columns side by side, the first one on the left."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
                      for line in lines)
 
 
-def spread(mean: float | None, ends: list | None = None, form: str = ".1f", scale: float = 100) -> str:
-    """A number and its interval to read, shares in percent; None: never."""
-    x, *ends = ["never" if y is None else format(scale * y, form) for y in (mean, *(ends or ()))]
-    return x + f" [{', '.join(ends)}]" * bool(ends)
+def plus_minus(mean: float | None, ends: list | None, form: str = ".1f") -> str:
+    """A share in percent and half its interval to read, the half that does not stop at 0 or 1."""
+    if mean is None:
+        return ""
+    return f"{100 * mean:{form}}" + (f" ±{100 * max(ends[1] - mean, mean - ends[0]):.1f}" if ends else "")
 
 
 def table_text(rows: list[dict]) -> str:
-    """The rows of table() to read, in percent."""
-    names = [name for name in rows[0] if name in NAMES]
-    severities = [name for name in names if name.startswith("severity")]
-    single = [name for name in names[1:] if name not in severities]
-    lines = [["", "seeds", f"{NAMES[names[0]]} (%)", f"less {rows[0]['group']}'s", "", "seconds (selecting)",
-              *["at severity 1 to 5"] * bool(severities), *(NAMES[name] for name in single)]]
+    """The rows of table() to read, in percent, with seconds in all and of selecting."""
+    first, *others = [name for name in rows[0] if name in NAMES]
+    more = [NAMES[name].rjust(4) for name in others]
+    lines = [["", "seeds", f"{NAMES[first]} (%)", "difference", "", "seconds", " ".join(more)]]
     for row in rows:
         seeds = row["difference_seeds"] or row["seeds"]  # which can be fewer
-        marks = f" ({seeds})" * (seeds < row["seeds"]) + "*" * (seeds == 1)
-        change = row["difference"], row["difference_interval"], "+.1f"
-        seconds = row["seconds_training"] + row["seconds_selecting"], row["seconds_selecting"]
-        lines.append([row["group"], f"{row['seeds']}{marks}",
-                      spread(row[names[0]], row[f"{names[0]}_interval"]),
-                      "" if row is rows[0] else spread(*change), row["verdict"],
-                      "{:,.0f} ({:,.0f})".format(*seconds),
-                      *[" ".join(spread(row[name]) for name in severities)] * bool(severities),
-                      *(spread(row[name]) for name in single)])
-    cells = "".join(line[1] for line in lines[1:])
-    return aligned(lines) + "\n(n) seeds that the difference rests on" * ("(" in cells) + \
-        "\n* over images only: another seed can turn it" * ("*" in cells)
+        selecting = row["seconds_selecting"]
+        lines.append([
+            row["group"], f"{row['seeds']}" + f" ({seeds})" * (seeds < row["seeds"]) + "*" * (seeds == 1),
+            plus_minus(row[first], row[f"{first}_interval"]),
+            plus_minus(row["difference"], row["difference_interval"], "+.1f"), row["verdict"],
+            f"{row['seconds_training'] + selecting:,.0f} ({selecting:,.0f})",
+            " ".join(f"{100 * row[name]:.1f}".rjust(len(x)) for name, x in zip(others, more))])
+    if "severity_1" in others:  # no room
+        lines = [line[:5] + line[6:] for line in lines]
+    text = aligned(lines) + "\n(n) seeds that the difference rests on" * any("(" in x[1] for x in lines)
+    return text + "\n* over images only: another seed can turn it" * any("*" in x[1] for x in lines)
 
 
 # -------------------------------------------------------------------------------- along training
-def first_at(target: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """x [E] at which y [D, E] first reaches target [D], between epochs by a straight line; else infinite."""
-    hit = y >= target[:, None]
-    row, i = np.arange(len(y)), hit.argmax(1)
-    j = np.maximum(i - 1, 0)
-    rise = y[row, i] - y[row, j]
-    share = np.where(rise > 0, (target - y[row, j]) / np.where(rise > 0, rise, 1), 1)
-    return np.where(hit.any(1), x[j] + share * (x[i] - x[j]), np.inf)
-
-
 def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
-    """By group, from log.jsonl: seeds; steps [E]; seconds of training and selecting, and R1, [S][E] each."""
+    """By group, from log.jsonl: seeds; R1 [S][E]; images seen [E]; seconds in all [E], their mean."""
     found = {}
     for group, members in groups.items():
         logs = [{line["step"]: line for line in runs[i].log} for i in members]
         steps = sorted(set.intersection(*map(set, logs)))  # of all, wherever one was stopped
         seconds = [[log[x]["seconds_training"] + log[x]["seconds_selecting"] for x in steps] for log in logs]
-        found[group] = {"seeds": [runs[i].knobs["seed"] for i in members], "steps": steps, "seconds": seconds,
+        found[group] = {"seeds": [runs[i].knobs["seed"] for i in members],
+                        "images": [x * runs[members[0]].knobs["batch_size"] for x in steps],
+                        "seconds": np.mean(seconds, 0).tolist(),
                         "R1": [[log[x]["R1"] for x in steps] for log in logs]}
     return found
 
 
-def seed_weights(seeds: list[int]) -> np.ndarray:
-    """Weights [1 + DRAWS, S] of seeds, of sum 1, the first the plain mean; the same for the same seeds.
-
-    Resampling two or three seeds gives intervals far too narrow. Gaussian multipliers (a wild bootstrap)
-    divided by the root of a chi-square spread the mean of n numbers as Student's t with n - 1 degrees of
-    freedom does. """
-    n, generator = len(seeds), np.random.default_rng([0, *seeds])
-    g = generator.standard_normal((DRAWS, n))
-    g = (g - g.mean(1, keepdims=True)) / np.sqrt(n * generator.chisquare(max(n - 1, 1), (DRAWS, 1)))
-    return 1 / n + np.concatenate([np.zeros((1, n)), g])
+def first_at(target: float, y: np.ndarray, x: list[float]) -> float | None:
+    """x at which y first reaches the target, between epochs by a straight line; None: never."""
+    hit = np.flatnonzero(y >= target)
+    if not len(hit):
+        return None
+    i = hit[0]
+    return float(np.interp(target, y[i - 1:i + 1], x[i - 1:i + 1]) if i else x[0])
 
 
 def cost(found: dict[str, dict], target: float | None) -> list[dict]:
-    """A row for each group of curves(), the first being the baseline: steps and seconds at which its mean
-    curve first reaches the target; their ratios to the baseline's; and "gain", by difference() its R@1 after
-    the baseline's seconds (or at its end, where that is sooner) less that of the baseline.
-
-    target None: what the baseline's mean curve ends at, in each draw of seeds its own. Where the baseline
-    does not reach a given target its whole run counts: ratios are at most too large. Seconds are the mean
-    over seeds: how they differ is the machine's doing. Intervals where both groups have several seeds; None:
-    not reached. """
-    def along(group: dict) -> tuple[np.ndarray, ...]:
-        return (seed_weights(group["seeds"]) @ np.array(group["R1"]), np.array(group["steps"], float),
-                np.mean(group["seconds"], 0))
-
-    def finite(x):
-        return [finite(y) for y in x] if np.ndim(x) else float(x) if np.isfinite(x) else None
+    """A row for each group of curves(), the first being the baseline: images seen and seconds at which its
+    mean curve first reaches the target (None: what the baseline's ends at), and their ratios to the baseline's, of
+    which the whole run counts where it does not reach it; and "gain", with its interval over several seeds,
+    R@1 after the baseline's seconds (or at its end, where that is sooner) less that of the baseline."""
     baseline = next(iter(found.values()))
-    y, *base = along(baseline)
-    goal = np.full(len(y), target) if target else y[:, -1]
-    rows = []
+    base, rows = np.mean(baseline["R1"], 0), []
+    target = target or float(base[-1])
+    ends = {seed: np.array(r[-1:]) for seed, r in zip(baseline["seeds"], baseline["R1"])}
     for name, group in found.items():
-        drawn, *own = along(group)
-        several = min(len(group["seeds"]), len(baseline["seeds"])) > 1
-        row = {"group": name, "seeds": len(group["seeds"]), "target": finite(goal[0])}
-        for axis, x, other in zip(("steps", "seconds"), own, base):
-            reached = first_at(goal, drawn, x)
-            ratio = reached / np.minimum(first_at(goal, y, other), other[-1])
-            method = "lower" if np.isinf(ratio).any() else "linear"
-            ends = np.quantile(ratio[1:], (0.025, 0.975), method=method)
-            row |= {axis: finite(reached[0]), f"{axis}_ratio": finite(ratio[0]),
-                    f"{axis}_ratio_interval": finite(ends) if several else None}
-        after = {seed: np.array([np.interp(base[1][-1], own[1], r, left=np.nan)])
+        row = {"group": name, "seeds": len(group["seeds"]), "target": target}
+        for axis in ("images", "seconds"):
+            row[axis] = first_at(target, np.mean(group["R1"], 0), group[axis])
+            other = first_at(target, base, baseline[axis]) or baseline[axis][-1]
+            row[f"{axis}_ratio"] = None if row[axis] is None else row[axis] / other
+        after = {seed: np.array([np.interp(baseline["seconds"][-1], group["seconds"], r, left=np.nan)])
                  for seed, r in zip(group["seeds"], group["R1"])}
-        gain, *ends = finite(interval(difference(after, {seed: np.array(r[-1:]) for seed, r in
-                                                         zip(baseline["seeds"], baseline["R1"])})))
-        rows.append(row | {"gain": gain, "gain_interval": ends if several and gain is not None else None})
+        gain, *around = interval(difference(after, ends))
+        several = min(len(after), len(ends)) > 1 and math.isfinite(gain)
+        rows.append(row | {"gain": gain if math.isfinite(gain) else None,
+                           "gain_interval": around if several else None})
     return rows
 
 
 def cost_text(rows: list[dict]) -> str:
     """The rows of cost() to read."""
-    whose = f"{rows[0]['group']}'s"
-    lines = [["", "seeds", f"steps to {spread(rows[0]['target'])} %", f"of {whose}", "seconds", f"of {whose}",
-              f"R@1 less {whose} after its seconds"]]
+    lines = [["", "seeds", "images", "ratio", "seconds", "ratio", "gain"]]
     for row in rows:
         line = [row["group"], str(row["seeds"])]
-        for axis in ("steps", "seconds"):
-            ratio = spread(row[f"{axis}_ratio"], row[f"{axis}_ratio_interval"], ".2f", 1)
-            needless = row is rows[0] or row[axis] is None and ratio.count("never") != 2
-            line += [spread(row[axis], None, ",.0f", 1), "" if needless else ratio]
-        gain = row is not rows[0] and row["gain"] is not None
-        lines.append([*line, spread(row["gain"], row["gain_interval"], "+.1f") if gain else ""])
+        for x, ratio in ((row[axis], row[f"{axis}_ratio"]) for axis in ("images", "seconds")):
+            line += ["never", ""] if x is None else [f"{x:,.0f}", f"{ratio:.2f}"]
+        lines.append([*line, plus_minus(row["gain"], row["gain_interval"], "+.1f")])
     return aligned(lines)
 
 
 def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
-    """R@1 against steps and seconds; a line is the mean over seeds, a band from the lowest to the highest.
-    samplers: of each group, for its colour."""
+    """R@1 against images seen and seconds; a line is the mean over seeds, a band from the lowest to the highest.
+    samplers: of each group."""
     figure, axes = cli.canvas(1, 2, 7.2, 3.0, sharey=True)
-    for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
-        style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
-        y, colour = 100 * np.array(x["R1"]), cli.COLOURS.get(sampler, "black")
-        for axis, at in zip(axes[0], (x["steps"], np.mean(x["seconds"], 0))):
-            axis.plot(at, y.mean(0), style, color=colour, label=group)
-            axis.fill_between(at, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
-    for axis, label in zip(axes[0], ("steps", "seconds of training and selecting")):
+    for axis, at in zip(axes[0], ("images", "seconds")):
+        for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
+            style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
+            y, colour = 100 * np.array(x["R1"]), cli.COLOURS.get(sampler, "black")
+            axis.plot(x[at], y.mean(0), style, color=colour, label=group)
+            axis.fill_between(x[at], y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
         axis.axhline(100 * target, color="black", linewidth=0.6, linestyle=":")
-        axis.set(xlabel=label)
-    several = max(len(x["seeds"]) for x in found.values()) > 1
-    axes[0, 0].set(ylabel="two-view R@1 (%)",
-                   title="mean over seeds; band: lowest to highest" if several else "one seed")
+        axis.set(xlabel="images seen" if at == "images" else "seconds of training and selecting")
+    axes[0, 0].set(ylabel="two-view R@1 (%)", title="line: mean over seeds; band: lowest to highest")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=min(4, len(found)))
     return figure
 
 
 # -------------------------------------------------------------------------------- the command
-def writable(out: str, others: list[Path]) -> Path:
-    """The folder --out, made if need be. Raises Stop where it or one of the others cannot be written."""
+def made(out: str) -> Path:
+    """The folder --out, made if need be. Raises Stop."""
     folder = cli.expand(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Stop(f"--out {folder}: {error.strerror}; give another folder") from None
-    for one in (folder, *others):
-        if not os.access(one, os.W_OK):
-            raise Stop(f"{one} cannot be written; allow it" + "; or give another --out" * (one == folder))
     return folder
 
 
@@ -408,16 +323,15 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
     for title in [x for x in runs[0].scores if all(x in run.scores for run in runs)]:
         for run in runs:
             if run.scores[title]["images_digest"] != runs[0].scores[title]["images_digest"]:
-                raise Stop(f"{run.folder} and {runs[0].folder} were evaluated on different images: give one "
-                           "--data-dir for all")
+                raise Stop(f"{run.folder} and {runs[0].folder} saw different images: give one --data-dir")
         rows = record[title] = table(title, runs, groups)
-        print(f"\n{title}, {rows[0]['images']:,} images; 95 % intervals over {interval_over(rows)}\n\n"
-              + table_text(rows))
+        over = "seeds and images" if max(row["seeds"] for row in rows) > 1 else "images"
+        cli.say(f"\n{title}, {rows[0]['images']:,} images; 95 % intervals over {over}\n\n{table_text(rows)}")
     if curve:
         found = record["curves"] = curves(runs, groups)
         rows = record["cost"] = cost(found, target)
-        print("\nalong training, on the R@1 in log.jsonl; 95 % intervals over seeds, where there are several"
-              f"\n\n{cost_text(rows)}")
+        cli.say(f"\nalong training, to R@1 {rows[0]['target']:.1%} in log.jsonl; gain: R@1 after the "
+                f"baseline's seconds less its own\n\n{cost_text(rows)}")
         samplers = [runs[members[0]].knobs["sampler"] for members in groups.values()]
         cli.save_figure(draw_curves(found, samplers, rows[0]["target"]), curve)
     return record
@@ -429,11 +343,10 @@ def main(argv: list[str]) -> None:
         raise Stop("name a file of retrieval.py --export, such as: python compare.py results/runs.json.gz")
     runs = [run for word in knobs["files"] for run in read_file(cli.expand(word))]
     groups = baseline_first(group_runs(runs), runs, knobs["baseline"])
-    out = writable(knobs["out"], [])
+    out = made(knobs["out"])
     show(runs, groups, knobs["target"], out / "curve")
-    print(f"\n{out / 'curve.png'}")
+    cli.say(f"\n{out / 'curve.png'}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its output may be cut, as by head
     sys.exit(cli.run(main, "compare.py"))

@@ -38,18 +38,16 @@ def deadleaves(split: str, num_images: int, seed: int, size: int = 32,
                num_classes: int = 128) -> tuple[Tensor, Tensor]:
     """Images, uint8 [N, 3, size, size], and labels, int64 [N]: dead leaves (Baradad et al., NeurIPS 2021).
 
-    A class is a palette, a shape, a smallest radius, a stretch, a common direction, stripes. Labels go round
-    the classes. The splits train and val share a seed's classes and differ in the images. The bytes are the
-    same everywhere: leaves are drawn in float64 and rounded to coarse steps; pixels see only single
+    Labels go round the classes; train and val share a seed's classes and differ in the images. The bytes are
+    the same everywhere: leaves are drawn in float64 and rounded to coarse steps; pixels see only single
     additions, products, square roots and roundings, which IEEE 754 fixes to the bit; what is summed, in any
     order, are whole numbers below 2^24. Raises ValueError for another split, or a number below 1.
     """
     if split not in ("train", "val") or min(num_images, size, num_classes) < 1:
-        raise ValueError(f"give split train or val, and num_images, size and num_classes of at least 1, not "
-                         f"{split}, {num_images}, {size} and {num_classes}")
+        raise ValueError(f"{(split, num_images, size, num_classes)}: give train or val, and at least 1")
     C, N, L = num_classes, num_images, LEAVES
 
-    # Classes: each a palette of five, a ladder of lightness over hues in harmony, a way of growing leaves.
+    # Classes: each a palette of five, a ladder of lightness over hues in harmony, a kind of leaves.
     draw = np.random.default_rng([seed, 0]).random
     hue = (np.arange(C) * 0.618034)[:, None] + HARMONIES[(draw(C) * len(HARMONIES)).astype(int)]  # [C, 5]
     lightness = LADDER[draw((C, 5)).argsort(1)] + 0.1 * (draw((C, 5)) - 0.5)
@@ -72,8 +70,8 @@ def deadleaves(split: str, num_images: int, seed: int, size: int = 32,
                            chroma[pick] * (0.8 + 0.4 * draw((N, L))), hue[pick] + 0.04 * (draw((N, L)) - 0.5))
     radius[:, -1], centre[:, -1] = 2, 0.5  # the last is the background
 
-    # Pixels. A leaf's coordinates along and across it are affine in the pixel's, and so is the light on it:
-    # layers of red, green, blue at the corner of the image, and the change of all three along x and y.
+    # A leaf's coordinates along and across it are affine in the pixel's, and so is the light on it: red,
+    # green, blue at the corner of the image, and their change along x and y.
     cos, sin, long = np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn), np.sqrt(stretch[of])
     axes = np.stack([np.stack([cos / long, sin / long], -1), np.stack([-sin * long, cos * long], -1)], 2)
     offset = -(axes * centre[:, :, None]).sum(3) * size  # [N, L, 2]
@@ -90,18 +88,17 @@ def deadleaves(split: str, num_images: int, seed: int, size: int = 32,
         label = labels[rows.start]
         along, across = (axes[rows, :, i, :1, None] * pixel + axes[rows, :, i, 1:, None] * pixel[:, None]
                          + offset[rows, :, i, None, None] for i in (0, 1))  # [n, L, size, size] each
-        cover = radius[rows, :, None, None] + f32(0.5) - SHAPES[shape[label]](along, across)
-        cover.clip(0, 1, out=cover)
+        cover = (radius[rows, :, None, None] + f32(0.5) - SHAPES[shape[label]](along, across)).clip(0, 1)
         open_ = np.full((len(cover), size, size), 512, np.float32)  # what leaves in front have left, of 512
         for part in cover.swapaxes(0, 1):
-            np.rint(np.multiply(part, open_, out=part), out=part)
+            part[:] = np.rint(part * open_)
             open_ -= part
         layers = (paint[rows] @ cover.reshape(-1, L, size * size)).reshape(-1, 5, size, size)
         image = layers[:, :3] + layers[:, 3:4] * pixel + layers[:, 4:] * pixel[:, None]
         if striped[label]:
             along *= wave[rows, None, None, None]
-            along -= np.floor(along)
-            image += ((np.rint(np.abs(along - f32(0.5)) * 640) - 160) * cover).sum(1, keepdims=True)
+            along = np.abs(along - np.floor(along) - f32(0.5))
+            image += ((np.rint(along * 640) - 160) * cover).sum(1, keepdims=True)
         images[rows] = np.rint(image / f32(16 * 512)).clip(0, 255)
 
     stride = C * max(1, CHUNK // size**2)

@@ -118,7 +118,7 @@ def _logsumexp(logits: Tensor, keep: Tensor) -> Tensor:
 
 
 def infonce(u: Tensor, v: Tensor, temperature: float = 1.0) -> Tensor:
-    """InfoNCE of pairs u, v [..., n, D], [...] (Cho et al., section 2): mean over i of -log softmax_j(u_i.v_j)
+    """InfoNCE of pairs u, v [..., n, D], [...] (Cho et al., section 2): mean over i of -log softmax_j u_i.v_j
     at j = i plus that with u and v exchanged. Inner products as they are: normalise where that is meant."""
     with torch.autocast(u.device.type, enabled=False):
         u, v = (x if x.dtype == torch.float64 else x.float() for x in (u, v))
@@ -177,7 +177,7 @@ def hcl(z1: Tensor, z2: Tensor, temperature: float = 0.1, tau_plus: float = 0.1,
     """HCL (Robinson et al., ICLR 2021): negatives weighted by n_j^beta, debiased by the class prior tau_plus.
 
     With p = exp(s+/temperature), M = 2B-2 negatives n = exp(s/temperature), R = sum n^(1+beta) / mean n^beta:
-        loss = mean of -log(p / (p + N)),  N = max((R - tau_plus M p) / (1 - tau_plus), M exp(-1/temperature)).
+        loss = mean of -log(p / (p + N)), N = max((R - tau_plus M p) / (1 - tau_plus), M exp(-1/temperature)).
     """
     if not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus is {tau_plus}; give a number from 0 up to, not including, 1")

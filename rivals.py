@@ -1,64 +1,27 @@
-"""Other methods of choosing hard mini-batches, each after its paper, for comparison with samplers.py.
+"""Other methods of choosing hard mini-batches, each after its paper; bench.py compares them with samplers.py.
 
-    python bench.py samplers     # prints all of them in one table
-
-Every method takes embeddings u, v [n, d] of n pairs (any scale, any device; rows are scaled to length 1 here,
-so that inner products are cosines) and returns int64 row numbers [n // B, B], B = batch_size, on the device
-of u, the same ones for the same state of `generator` (None: torch's global one). No row is in two batches;
-the last n % B rows are in none. All work on the CPU. ValueErrors as in samplers.py.
+All take embeddings u, v [n, d] of n pairs (any scale, any device) and return int64 row numbers [n // B, B],
+B = batch_size, on the device of u, the same ones for the same state of `generator` (of the CPU; None: torch's
+global one). No row is in two batches; the last n % B rows are in none. All work on the CPU. Raise ValueError
+for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n].
 """
-from collections.abc import Callable, Iterator
-from functools import partial
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from torch import Generator, Tensor
 
-import samplers
-from samplers import _check, _check_k, _check_size, spectral_affinity
+from samplers import _check, _check_size, spectral_affinity
 
 
-def _unit_rows(u: Tensor, v: Tensor, batch_size: int) -> tuple[Tensor, Tensor, int]:
-    """u and v checked, the first n // B * B rows of each, on the CPU, float32, of length 1; and how many."""
+def _similarities(u: Tensor, v: Tensor, batch_size: int) -> Tensor:
+    """Cosines u_i.v_j [m, m] of the first m = n // B * B rows."""
     _check(u, v, 1.0, read=True)
     _check_size(len(u), batch_size)
     whole = len(u) // batch_size * batch_size
     u, v = (F.normalize(x[:whole].detach().cpu().float(), dim=1) for x in (u, v))
-    return u, v, whole
-
-
-def _similarities(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inner products of rows of x and y, -inf for i = j, in tiles of up to 16 MiB: rows [t], s [t, n]."""
-    for rows in torch.arange(len(x)).split(max(1, 2 ** 22 // len(x))):
-        s = x[rows] @ y.T
-        s[torch.arange(len(rows)), rows] = -torch.inf
-        yield rows, s
-
-
-def _rand(generator: Generator | None, *shape: int) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device if generator else "cpu").cpu()
-
-
-def _kmeans(x: Tensor, k: int, generator: Generator | None, rounds: int = 30) -> Tensor:
-    """Centres [k, d] of the rows of x [n, d]: k-means++ (Arthur & Vassilvitskii, 2007), then Lloyd's."""
-    weight, centres = torch.full((len(x),), 1e30, dtype=x.dtype), []  # all the same: a uniform first draw
-    for draw in _rand(generator, k):
-        total = weight.cumsum(0, dtype=torch.float64)
-        # With fewer distinct rows than centres every weight ends at 0, and the clamp takes the last row.
-        drawn = torch.searchsorted(total, draw * total[-1], right=True).clamp(max=len(x) - 1)
-        centres.append(x[drawn])
-        weight = torch.minimum(weight, (x - centres[-1]).square().sum(1))
-    centres = torch.stack(centres)
-    for _ in range(rounds):
-        label = torch.cdist(x, centres).argmin(1)
-        count = torch.bincount(label, minlength=k)[:, None]
-        mean = torch.zeros_like(centres).index_add_(0, label, x) / count.clamp(min=1)
-        centres = torch.where(count > 0, mean, centres)
-    return centres
+    return u @ v.T
 
 
 def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -> Tensor:
@@ -68,74 +31,34 @@ def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -
     Permutations", ICML 2023.  Edges, either way, are the u_i.v_j, i != j, above the quantile of all; reverse
     Cuthill-McKee orders. Nothing is random.
     """
-    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
-    if quantile is None:
-        # The released 0.999 leaves n / 1000 edges a row: of a few thousand rows next to none. So B edges a
-        # row at least; on real embeddings that is next to the best quantile.
-        quantile = min(0.999, 1 - batch_size / n)
-    if not 0 <= quantile < 1:
-        raise ValueError(f"quantile is {quantile}; give a number from 0 to below 1, for instance 0.999")
-    # From all rows up to n = 2,048, from evenly spaced ones beyond.
-    floor = (unit_u[::-(-n * n // 2 ** 22)] @ unit_v.T).flatten().quantile(quantile)
-    edges = torch.cat([(s > floor).nonzero() + torch.tensor([rows[0], 0])
-                       for rows, s in _similarities(unit_u, unit_v)])
-    graph = coo_array((torch.ones(len(edges)).numpy(), edges.T.numpy()), (n, n)).tocsr()
-    order = reverse_cuthill_mckee(graph + graph.T, symmetric_mode=True)
+    s = _similarities(u, v, batch_size)
+    # The released 0.999 leaves a few thousand rows next to no edges, so at least B a row.
+    quantile = min(0.999, 1 - batch_size / len(s)) if quantile is None else quantile
+    floor = s[::-(-s.numel() // 2 ** 22)].quantile(quantile)  # which takes 2^24 numbers at most
+    edges = (s > floor).fill_diagonal_(False).numpy()
+    order = reverse_cuthill_mckee(csr_array(edges | edges.T), symmetric_mode=True)
     return torch.from_numpy(order.astype("int64")).view(-1, batch_size).to(u.device)
 
 
-def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
-                      generator: Generator | None = None) -> Tensor:
-    """Algorithm 1 as its authors released it: spectral clustering of exp(w), w = spectral_affinity.
-
-    Cho et al., "Mini-Batch Optimization of Contrastive Loss", TMLR 2024; sc_even_kb_loose of its code.
-    u, v [n, d] in a random order; each window of k * B consecutive rows gives k batches, [n // B, B] in all.
-    In a window, in float64: the first k eigenvectors of the normalised Laplacian of exp(w), its diagonal zero
-    (the k largest of D^-1/2 exp(w) D^-1/2), times D^-1/2 as in scikit-learn, the rows not scaled to length 1;
-    k-means of the rows; to each centre B rows by an optimal assignment of the distances, not squared.
-    Unlike the released code: a last window of fewer than k batches is used, not dropped; k-means starts once,
-    not ten times (by embeddings of trained networks the mean loss is the same to 0.01); eigh, not ARPACK.
-    Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n.
-    """
-    _check(u, v, temperature, read=True)
-    _check_size(len(u), batch_size)
-    _check_k(len(u), batch_size, k)
-    batches = []
-    for rows in torch.arange(len(u) // batch_size * batch_size).split(k * batch_size):
-        w = spectral_affinity(*(x.detach().cpu()[rows].double() for x in (u, v)), batch_size, temperature)
-        affinity = (w - w.max()).exp().fill_diagonal_(0)  # exp(w) alone may overflow; the factor cancels
-        half = affinity.sum(1, keepdim=True).clamp(min=1e-150).rsqrt()
-        x = half * torch.linalg.eigh(half * affinity * half.T)[1][:, -(len(rows) // batch_size):]
-        cost = torch.cdist(x, _kmeans(x, x.shape[1], generator)).repeat_interleave(batch_size, 1)
-        label = torch.from_numpy(linear_sum_assignment(cost.numpy())[1]) // batch_size
-        batches.append(rows[label.argsort(stable=True)].view(-1, batch_size))
-    return torch.cat(batches).to(u.device)
-
-
-def b3(u: Tensor, v: Tensor, batch_size: int, cluster_size: int | None = None,
-       ranks: tuple[int, int] | None = None, generator: Generator | None = None) -> Tensor:
+def b3(u: Tensor, v: Tensor, batch_size: int, ranks: tuple[int, int] | None = None,
+       generator: Generator | None = None) -> Tensor:
     """B3: batches are unions of communities of a graph without the edges to each row's very nearest.
 
     Thirukovalluru et al., "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch Mining",
     NeurIPS 2025.  Each u_i ranks the v_j, j != i, from 0; an edge joins two rows that give each other a rank
-    in [low, high) (nearer ones are likely false negatives).  Communities have cluster_size rows, dividing B.
+    in [low, high) (nearer ones are likely false negatives).  A community has 32 rows, or B if that is no
+    multiple.
     """
-    unit_u, unit_v, n = _unit_rows(u, v, batch_size)
-    # The released code: communities of 32, ranks 30 to 130, of 10^4 samples and more. Of fewer these would
-    # skip whole neighbourhoods and then join almost everything, so both shrink with n below 3,840 and 1,600.
-    size = cluster_size if cluster_size is not None else batch_size if batch_size % 32 else 32
+    s = _similarities(u, v, batch_size).fill_diagonal_(-torch.inf)
+    n, size = len(s), batch_size if batch_size % 32 else 32
+    # The released ranks, 30 to 130 of 10^4 samples and more, would of fewer skip whole neighbourhoods and
+    # then join almost everything, so both shrink with n below 3,840 and 1,600.
     low, high = ranks or (min(30, n // 128), min(30, n // 128) + min(100, max(1, n // 16)))
-    if size < 1 or batch_size % size:
-        raise ValueError(f"cluster_size is {size} with a batch_size of {batch_size}; give a divisor of "
-                         f"{batch_size}")
-    if not 0 <= low < min(high, n - 1):
-        raise ValueError(f"ranks is {(low, high)} with {n} samples; give (low, high), 0 <= low < high, "
-                         f"low < {n - 1}")
-    edges = torch.cat([(rows[:, None] * n + s.topk(min(high, n - 1)).indices[:, low:]).flatten()
-                       for rows, s in _similarities(unit_u, unit_v)])
+    edges = (torch.arange(n)[:, None] * n + s.topk(min(high, n - 1)).indices[:, low:]).flatten()
     edges = edges[torch.isin(edges % n * n + edges // n, edges)]
     communities = _partition(edges // n, edges % n, n, size, generator)
-    return communities[_rand(generator, len(communities)).argsort()].view(-1, batch_size).to(u.device)
+    order = torch.rand(len(communities), generator=generator).argsort()
+    return communities[order].view(-1, batch_size).to(u.device)
 
 
 def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator | None) -> Tensor:
@@ -159,42 +82,55 @@ def _partition(row: Tensor, col: Tensor, n: int, size: int, generator: Generator
         row, col = row[inside], col[inside]
         degree = total(torch.ones(len(row)), row).clamp(min=1)
         halves = torch.stack([parts // 2, parts - parts // 2], 1).flatten()
-        x = _rand(generator, n) - 0.5
+        x = torch.rand(n, generator=generator) - 0.5
         for _ in range(50):  # every mode but the constant, which orders nothing, fades, the slowest last
             x = (x + total(x[col], row) / degree) / 2
         new = cut(x)
         for _ in range(20):  # a random half stays where it is: all at once would change places to and fro
-            side = new % 2 * 2 - 1.0
-            new = cut(torch.where(_rand(generator, n) < 0.5, side * n, total(side[col], row) + side))
+            side, stays = new % 2 * 2 - 1.0, torch.rand(n, generator=generator) < 0.5
+            new = cut(torch.where(stays, side * n, total(side[col], row) + side))
         part, parts = new.unique(return_inverse=True)[1], halves[halves > 0]
     return part.argsort(stable=True).view(-1, size)
 
 
-def choosers(size: int, k: int, temperature: float, file_order: bool, labelled: bool,
-             other: ModuleType | None = None) -> dict[str, Callable]:
-    """By name all that chooses batches from a window: (u, v, class ids or None, generator) -> batches [m,
-    size].
+def released_spectral(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
+                      generator: Generator | None = None) -> Tensor:
+    """Algorithm 1 as its authors released it: spectral clustering of exp(w), w = spectral_affinity.
 
-    file_order, labelled: with what only makes sense where rows have a meaningful order, or class ids. other:
-    a second samplers.py, to compare with the first.
+    Cho et al., "Mini-Batch Optimization of Contrastive Loss", TMLR 2024; sc_even_kb_loose of its code.
+    Of each window of k * B consecutive rows, in float64: the first k eigenvectors of the normalised Laplacian
+    of exp(w), its diagonal zero (the k largest of D^-1/2 exp(w) D^-1/2), times D^-1/2 as in scikit-learn, the
+    rows not scaled to length 1; k-means of the rows; to each centre B rows by an optimal assignment of the
+    distances, not squared.  Unlike there: a last, shorter window is used as well; k-means starts once, not
+    ten times (for trained networks the mean loss is the same to 0.01); eigh, not ARPACK.
     """
-    def spectral(module: ModuleType = samplers, **options) -> Callable:
-        return lambda u, v, y, g: module.spectral_batches(u, v, size, k, temperature, g, **options)
-    refined, q = partial(spectral, refine=True), max(1, k // 10)
-    random = samplers.random_batches  # whose mean loss all others are compared with: of twenty draws
-    methods = {"random": lambda u, v, y, g: torch.cat([random(len(u), size, g) for _ in range(20)])}
-    if file_order:
-        methods["in file order"] = lambda u, v, y, g: torch.arange(k * size).view(k, size)
-    methods |= {
-        "osgd, q = k/10": lambda u, v, y, g: samplers.osgd_batches(u, v, size, k, q, temperature),
-        "GCBS": lambda u, v, y, g: gcbs(u, v, size),
-        "released spectral": lambda u, v, y, g: released_spectral(u, v, size, k, temperature, g),
-        "B3": lambda u, v, y, g: b3(u, v, size, generator=g),
-        "B3, no rank skipped": lambda u, v, y, g: b3(u, v, size, ranks=(0, 100), generator=g),
-        "spectral": spectral(), "refined": refined()}
-    if other:
-        methods |= {"spectral, against": spectral(other), "refined, against": refined(other)}
-    if labelled:
-        methods["refined, exclude=labels"] = lambda u, v, y, g: refined(exclude=y)(u, v, y, g)
-        methods |= {f"refined, ceiling={x}": refined(ceiling=x) for x in (0.999, 0.99)}
-    return methods
+    _check(u, v, temperature, read=True)
+    _check_size(len(u), batch_size)
+    batches = []
+    for rows in torch.arange(len(u) // batch_size * batch_size).split(k * batch_size):
+        w = spectral_affinity(*(x.detach().cpu()[rows].double() for x in (u, v)), batch_size, temperature)
+        affinity = (w - w.max()).exp().fill_diagonal_(0)  # exp(w) alone may overflow; the factor cancels
+        half = affinity.sum(1, keepdim=True).clamp(min=1e-150).rsqrt()
+        x = half * torch.linalg.eigh(half * affinity * half.T)[1][:, -(len(rows) // batch_size):]
+        cost = torch.cdist(x, _kmeans(x, x.shape[1], generator)).repeat_interleave(batch_size, 1)
+        label = torch.from_numpy(linear_sum_assignment(cost.numpy())[1]) // batch_size
+        batches.append(rows[label.argsort(stable=True)].view(-1, batch_size))
+    return torch.cat(batches).to(u.device)
+
+
+def _kmeans(x: Tensor, k: int, generator: Generator | None, rounds: int = 30) -> Tensor:
+    """Centres [k, d] of the rows of x [n, d]: k-means++ (Arthur & Vassilvitskii, 2007), then Lloyd's."""
+    weight, centres = torch.full((len(x),), 1e30, dtype=x.dtype), []  # all the same: a uniform first draw
+    for draw in torch.rand(k, generator=generator):
+        total = weight.cumsum(0, dtype=torch.float64)
+        # With fewer distinct rows than centres every weight ends at 0, and the clamp takes the last row.
+        drawn = torch.searchsorted(total, draw * total[-1], right=True).clamp(max=len(x) - 1)
+        centres.append(x[drawn])
+        weight = torch.minimum(weight, (x - centres[-1]).square().sum(1))
+    centres = torch.stack(centres)
+    for _ in range(rounds):
+        label = torch.cdist(x, centres).argmin(1)
+        count = torch.bincount(label, minlength=k)[:, None]
+        mean = torch.zeros_like(centres).index_add_(0, label, x) / count.clamp(min=1)
+        centres = torch.where(count > 0, mean, centres)
+    return centres

@@ -33,8 +33,9 @@ def free_folder(out_dir: str, resume: bool) -> Path:
         if not resume and checkpoint.exists():
             raise Stop(f"{folder} holds a run already: add --resume to go on, or give another --out-dir")
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    except OSError as error:
-        raise Stop(f"--out-dir {folder}: {error.strerror}; give another folder") from None
+        str(folder).encode()  # TensorBoard knows no other names
+    except (OSError, UnicodeError) as error:
+        raise Stop(f"--out-dir {folder}: {error}; give another folder") from None
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise Stop(f"--out-dir {folder}: {there} is not a folder that can be written; give another folder")
     return folder
@@ -195,8 +196,10 @@ class Journal:
         """Says once what is left of the run, and where that is more than a day what to change."""
         if seconds > 86400 and not self.estimated:  # at 32 px a pixel costs more than at 224
             small = seconds * min(1, (32 / self.knobs["image_size"]) ** 1.8) * min(1, 8192 / self.images)
-            self.say(f"the whole run takes {seconds / 86400:.0f} days here; --image-size 32 --limit 8192: "
-                     f"about {max(1, small / 3600):.0f} hours")
+            most = 8192 // self.knobs["batch_size"]
+            fewer = f" --k {most}" * ((self.knobs["k"] or 0) > most)
+            self.say(f"the whole run takes {seconds / 86400:.0f} days here; --image-size 32 --limit 8192"
+                     f"{fewer}: about {max(1, small / 3600):.0f} hours")
         self.estimated = True
 
     def pairs(self, views: Tensor) -> None:

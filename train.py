@@ -14,8 +14,10 @@ import functools
 import math
 import os
 import shlex
+import signal
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -107,6 +109,7 @@ DATASET_DEFAULTS = {"cifar100": PAPER, "tinyimagenet": PAPER, "folder": PAPER, "
 FREE_ON_RESUME = {"data_dir", "out_dir", "device", "step", "resume", "max_steps", "log_every",
                   "checkpoint_minutes"}
 VALIDATION_IMAGES = 1000  # of the quick two-view retrieval at the end of each epoch
+EMBED_PIXELS = 2**20  # at a time, on a CPU: for its caches, and to tell something every few seconds
 WARM = 3  # eager steps before a graph is captured: they make the optimiser's buffers and the libraries' own
 
 
@@ -163,6 +166,7 @@ class Step:
         self.augment = functools.partial(view, crop_scale=(knobs["crop_scale"], 1.0), **look)
         self.views = functools.partial(views_of, crop_scale=knobs["crop_scale"], device=device, **look)
         if self.processes > 1:  # buffers are rank 0's where they count: in eval mode, and in a checkpoint
+            warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its successor is not in older versions
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
         temperature, estimates = knobs["temperature"], len(images) if knobs["objective"] == "sogclr" else 0
         self.sogclr = SogCLRLoss(estimates, temperature, knobs["gamma"]).to(device)
@@ -278,7 +282,8 @@ def load_images(knobs: dict, device: torch.device, processes: int) -> tuple[Tens
     digest = data.fingerprint(images, labels)
     n, b, k = len(images), knobs["batch_size"], knobs["k"]
     if b * processes > n:
-        raise Stop(f"--batch-size {b} is more than the {n:,} training images: give "
+        raise Stop(f"--batch-size {b}" + f" in each of {processes} processes" * (processes > 1)
+                   + f" is more than the {n:,} training images: give "
                    + (f"--batch-size at most {n // processes}" if n > processes else "more images"))
     if k and k * b > n and knobs["sampler"] != "osgd-replacement":  # which draws each batch from all images
         raise Stop(f"--k {k} batches of {b} need {k * b:,} images of {n:,}: give --k at most {n // b}")
@@ -314,8 +319,7 @@ def train(knobs: dict) -> None:
     n, b = len(images), knobs["batch_size"]
     journal, caught, cuda = Journal(folder, knobs, device, n, rank, processes), [], device.type == "cuda"
     state, warmup_steps = journal.state, knobs["warmup_epochs"] * journal.epoch_steps
-    # So few at a time that they fit into caches, and that something can be told every few seconds.
-    chunk = 1024 if cuda else min(256, max(16, 2**20 // knobs["image_size"] ** 2))
+    chunk = 1024 if cuda else min(256, max(8, EMBED_PIXELS // knobs["image_size"] ** 2))
     # Apart from each other and from the sampler's, so that what is chosen does not change the training views.
     embedding, augmenting = (torch.Generator().manual_seed(2 * knobs["seed"] + i) for i in range(2))
 
@@ -406,8 +410,10 @@ def train(knobs: dict) -> None:
             save()
             if processes > 1:
                 dist.barrier()  # torchrun ends all of them when one has ended
-            raise Stop(f"\nsaved at step {state['step']}; go on with: {go_on(processes)}",
-                       code=128 + (caught or [15])[0])
+            code = 128 + (caught or [signal.SIGTERM])[0]
+            if rank:
+                sys.exit(code)
+            raise Stop(f"\nsaved at step {state['step']}; go on with: {go_on(processes)}", code)
 
 
 def main(argv: list[str]) -> None:

@@ -1,15 +1,14 @@
-"""Tests of bench.py: its tables at small sizes, and wrong input in one line.
-
-    python -m pytest tests/test_bench.py
+"""Tests of bench.py, its tables at small sizes, and wrong input in one line:
+python -m pytest tests/test_bench.py
 """
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import bench
-import data
 import train
 from cli import Stop
 from deadleaves import deadleaves
@@ -17,54 +16,65 @@ from model import ContrastiveModel
 from test_samplers import clustered
 
 
-def test_samplers_table_has_all_that_is_asked(tmp_path, capsys):
+def test_samplers_table_has_all_that_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "B", 8)
+    monkeypatch.setattr(bench, "K", 8)
     u, v, labels = clustered(8, 32, 0.8)
-    other = bench.read_samplers(bench.samplers.__file__)
-    sets = {"a": (u, v, labels), "b": (u[:128], v[:128], None)}
-    bench.bench_samplers("made up", sets, [128], size=8, k=8, file_order=True, other=other, rounds=1,
-                         out=tmp_path / "samplers.json")
-    record, printed = json.loads((tmp_path / "samplers.json").read_text()), capsys.readouterr().out
+    np.savez(tmp_path / "e.npz", a_u=u, a_v=v, a_labels=labels, b_u=u[:128], b_v=v[:128])
+    bench.main(["samplers", "--embeddings", str(tmp_path / "e.npz"), "--against", bench.samplers.__file__,
+                "--pairs", "1280", "--out", str(tmp_path / "new/samplers.json")])
+    record, printed = json.loads((tmp_path / "new/samplers.json").read_text()), capsys.readouterr().out
     rows = {(row["embeddings"], row["sampler"]): row for row in record["samplers"]}
-    random, refined = rows["a", "random"], rows["a", "refined"]
+    random, released, refined = (rows["a", x] for x in ("random", "released spectral", "refined"))
+    assert refined["loss"] > released["loss"] > random["loss"]
+    assert refined["excess"] == refined["loss"] - random["loss"] and released["relative"] == 1
     assert rows["a", "refined, exclude=labels"]["same_class"] < random["same_class"] < refined["same_class"]
-    assert refined["loss"] > rows["a", "released spectral"]["loss"] > random["loss"]
-    assert random["excess"] == 0 and rows["a", "released spectral"]["relative"] == 1
-    assert rows["b", "in file order"]["over_file_order"] == 0 and rows["b", "refined"]["same_class"] is None
-    assert ("b", "refined, exclude=labels") not in rows
-    assert record["growth"][0]["pairs"] == 128 and {"commit", "command", "device"} <= record.keys()
-    assert all({"loss", "excess", "relative", "ms", "of_eigh", "MB"} <= row.keys() for row in rows.values())
+    assert random["same_class"] == pytest.approx(31 / 255, abs=0.01)  # classes of 32 of 256
+    assert rows["b", "refined"]["same_class"] is None and ("b", "refined, exclude=labels") not in rows
+    assert record["one_window"]["pairs"] == 1280 and record["k"] == record["batch_size"] == 8
+    assert {"commit", "command", "device"} <= record.keys() and {"ms", "of_eigh", "MB"} <= random.keys()
     assert rows["a", "refined, against"]["loss"] == refined["loss"]  # the same file
-    assert "refined: 1.000 of the excess of refined, against at " in printed
     assert all(sampler in printed for _, sampler in rows)
+
+
+def test_short_run_gives_views_of_its_images_by_its_network(monkeypatch):
+    model = ContrastiveModel()
+
+    def trained(argv: list[str]) -> None:
+        knobs = train.settle(argv)
+        assert (knobs["sampler"], knobs["limit"], knobs["max_steps"]) == ("random", 48, 128)
+        Path(knobs["out_dir"]).mkdir()
+        torch.save({"model": model.state_dict()}, Path(knobs["out_dir"]) / "checkpoint.pt")
+    monkeypatch.setattr(train, "main", trained)
+    u, v, labels = bench.embed_short_run(48, torch.device("cpu"))
+    _, expected = deadleaves("train", 48, 0)
+    assert u.shape == v.shape == (48, 128) and torch.equal(labels.sort()[0], expected.sort()[0])
+    assert not torch.equal(labels, expected)  # in a random order
+    model.head[-1].running_mean += 100
+    assert bench.embed_short_run(48, torch.device("cpu"))[0].mean() < u.mean() - 1
 
 
 class SmallStep:
     """What bench.py asks of train.py's step, of three operations."""
+    made = []
     def __init__(self, knobs: dict, images: torch.Tensor, device: torch.device):
-        self.knobs, self.images, self.x = knobs, images, torch.zeros(2)
+        self.knobs, self.images, self.x, self.place = knobs, images, torch.zeros(2), torch.zeros(1)
         self.model = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
-        self.place = torch.zeros(1)
-        made.append(self)
+        self.made.append(self)
 
     def __call__(self, rows: torch.Tensor, uniform: torch.Tensor, lr: float) -> None:
         self.given = rows, uniform
-        for _ in range(3):
-            self.x.add_(1)
+        self.x.add_(1).add_(1).add_(1)
 
 
-made = []
-
-
-def test_step_says_time_and_arithmetic(tmp_path, monkeypatch, capsys):
+def test_step_says_time_and_arithmetic(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Step", SmallStep)
-    def seconds(*functions, **options) -> list[float]:
-        return [made[-1].knobs["batch_size"] / 64] * len(functions)
-    monkeypatch.setattr(bench, "seconds", seconds)
-    bench.main(["step", "--image-size", "32", "64", "--out", str(tmp_path / "new/step.json")])
-    record, printed = json.loads((tmp_path / "new/step.json").read_text()), capsys.readouterr().out
-    shapes = [(row["pixels"], row["B"]) for row in record["steps"]]
-    assert shapes == [(32, 32), (32, 128), (64, 32), (64, 128)]
-    for row, small in zip(record["steps"], made):
+    monkeypatch.setattr(
+        bench, "seconds", lambda *x, **_: [SmallStep.made[-1].knobs["batch_size"] / 64] * len(x))
+    bench.main(["step", "--out", str(tmp_path / "step.json")])
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert [(x["pixels"], x["B"]) for x in record["steps"]] == [(32, 32), (32, 128), (64, 32), (64, 128)]
+    for row, small in zip(record["steps"], SmallStep.made):
         B, (rows, uniform) = row["B"], small.given
         assert small.knobs["image_size"] == row["pixels"] and small.knobs["step"] == "eager"
         assert rows.unique().numel() == B and rows.max() < len(small.images)
@@ -74,79 +84,43 @@ def test_step_says_time_and_arithmetic(tmp_path, monkeypatch, capsys):
         assert row["TFLOP/s"] == pytest.approx(2 * forward / (B / 64) / 1e12)
         assert row["product_TFLOP/s"] == pytest.approx(2 * 2048**3 / (B / 64) / 1e12)
         assert row["of_product"] == pytest.approx(forward / 2048**3)
-    assert record["paper_hours"]["eager"] == {"own size": pytest.approx((937_200 + 1_875_000) * 0.5 / 3600)}
-    assert "own size" in printed and "images/s" in printed and {"commit", "device"} <= record.keys()
+    assert record["paper_hours"]["eager"] == {"own size": pytest.approx(600 * 4687 * 0.5 / 3600)}
+    hours = bench.paper_hours({32: 1.0, 64: 2.0, 224: 10.0})  # six times 100 epochs of 1,562 and 3,125 steps
+    assert hours == pytest.approx({"224 px": 600 * 46870 / 3.6e6, "own size": 600 * (1562 + 6250) / 3.6e6})
 
 
-def test_hours_of_the_twelve_runs():
-    # Six times 100 epochs of 1,562 and of 3,125 steps.
-    hours = bench.paper_hours({32: 1.0, 64: 2.0, 224: 10.0})  # ms
-    assert hours["224 px"] == pytest.approx(600 * 4687 * 10 / 3.6e6)
-    assert hours["own size"] == pytest.approx(600 * (1562 + 3125 * 2) / 3.6e6)
-    assert bench.paper_hours({32: 1.0}) == {} and list(bench.paper_hours({64: 2.0, 224: 10.0})) == ["224 px"]
-
-
-def test_functions_take_turns():
+def test_functions_take_turns_and_peak_is_what_was_added():
     order = []
     took = bench.seconds(lambda: order.append("a"), lambda: order.append("b"), rounds=2, calls=2)
     assert order == ["a", "a", "b", "b"] * 3 and len(took) == 2 and min(took) > 0
+    MB = bench.peak(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
+    assert MB is None or 60 < MB < 100
 
 
-def test_peak_is_what_was_added():
-    result, MB = bench.peak(lambda: torch.ones(2**24).sum().item())
-    assert result == 2**24 and (MB is None or 60 < MB < 100)
+PAIRS = {"a_u": np.ones((1280, 2)), "a_v": np.ones((1280, 2))}
 
 
-def test_same_class():
-    assert bench.same_class(torch.tensor([[1, 1, 2], [3, 3, 3]])) == pytest.approx((1 / 3 + 1) / 2)
+@pytest.mark.parametrize("arrays, words", [
+    (None, ["No data left", "NAME_u"]), ({"x": np.ones(3)}, ["no NAME_u"]), ({"a_u": PAIRS["a_u"]}, ["a_v"]),
+    ({"a_u": np.full(3, None)}, ["allow_pickle"]),  # a pickle could run anything
+    ({**PAIRS, "a_v": np.ones((1281, 2))}, ["a has 1280", "do not fit"]),
+    ({**PAIRS, "a_labels": np.ones(2)}, ["do not fit"]),
+    ({"a_u": np.ones((3, 2)), "a_v": np.ones((3, 2))}, ["3 pairs", "1280"]),
+    ({**PAIRS, "a_u": np.full((1280, 2), np.nan)}, ["1280 rows with NaN"])])
+def test_bad_embeddings_are_one_line(arrays, words, tmp_path):
+    path = tmp_path / "e.npz"
+    np.savez(path, **arrays) if arrays is not None else path.write_bytes(b"")
+    test_bad_input_is_one_line(["samplers", "--embeddings", str(path)], words)
 
 
-def test_embeddings_of_a_run_are_of_its_network_and_images(tmp_path):
-    knobs = {"dataset": "deadleaves", "data_dir": str(tmp_path), "sampler": "random", "objective": "simclr",
-             "seed": 0, "limit": 48, "batch_size": 8, "source_size": None, "image_size": 16,
-             "crop_scale": 1.0, "jitter": 0.0, "skip_broken": False, "small_stem": False}
-    model = ContrastiveModel()
-    last = {"epoch": 1, "step": 6, "loss": 1, "R1": 0.1, "seconds_training": 1, "seconds_selecting": 0}
-    torch.save({"settings": knobs, "model": model.state_dict()}, tmp_path / "checkpoint.pt")
-    for name, content in ("config.json", {"knobs": knobs}), ("result.json", last), ("log.jsonl", last):
-        (tmp_path / name).write_text(json.dumps(content))
-    u, v, labels = bench.embed_run(str(tmp_path), None, 48)
-    images, expected = deadleaves("train", 48, 0)
-    assert u.shape == v.shape == (48, 128) and torch.equal(labels.sort()[0], expected.sort()[0])
-    assert not torch.equal(labels, expected)  # in a random order
-    u, v = (torch.nn.functional.normalize(x, dim=1) for x in (u, v))
-    own, other = (u * v).sum(1).mean(), (u * v.roll(1, 0)).sum(1).mean()
-    assert own > other + 0.05  # the two views are of one image
-
-
-def refused(argv: list[str], *words: str) -> None:
+@pytest.mark.parametrize("argv, words", [
+    (["samplers", "--embeddings", "nowhere.npz"], ["nowhere.npz", "No such file"]),
+    (["samplers", "--against", "nowhere.py"], ["nowhere.py"]),
+    (["samplers", "--against", bench.cli.__file__], ["no spectral_batches"]),
+    (["step", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
+    (["step", "--image-size", "4"], ["--image-size 4", ">= 8"]), (["speed"], ["speed", "samplers"])])
+def test_bad_input_is_one_line(argv, words):
     with pytest.raises(Stop) as stop:
         bench.main(argv)
     message = str(stop.value)
     assert stop.value.code == 2 and "\n" not in message and all(word in message for word in words), message
-
-
-@pytest.mark.parametrize("arrays, words", [
-    (None, ["cannot be read", "NAME_u"]), ({}, ["it has none"]), ({"x": np.ones((3, 2))}, ["(x)", "NAME_u"]),
-    ({"a_u": np.ones((3, 2))}, ["a_u is without a_v"]),
-    ({"u": np.full(3, None)}, ["cannot be read (ValueError)"]),  # a pickle, which could run anything
-    ({"u": np.ones((3, 2)), "v": np.ones((4, 2))}, ["u is (3, 2)", "v is (4, 2)"]),
-    ({"u": np.ones((3, 2)), "v": np.ones((3, 2)), "labels": np.ones(2)}, ["labels is (2,)"]),
-    ({"u": np.ones((3, 2)), "v": np.ones((3, 2))}, ["3 pairs", "1,280"])])
-def test_bad_embeddings_are_one_line(arrays, words, tmp_path):
-    path = tmp_path / "e.npz"
-    np.savez(path, **arrays) if arrays is not None else path.write_bytes(b"")
-    refused(["samplers", "--embeddings", str(path)], *words)
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["samplers", "--pairs", "1000"], ["--pairs 1000", "1280"]),
-    (["samplers", "--run", "nowhere"], ["nowhere", "result.json"]),
-    (["samplers", "--embeddings", "nowhere.npz"], ["nowhere.npz", "FileNotFoundError"]),
-    (["samplers", "--against", "nowhere.py"], ["--against nowhere.py", "give a samplers.py"]),
-    (["samplers", "--against", bench.data.__file__], ["it has no spectral_batches"]),
-    (["samplers", "--run", "a", "--embeddings", "b"], ["not allowed with", "--help"]),
-    (["samplers", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
-    (["step", "--image-size", "4"], ["--image-size 4", ">= 8"]), (["speed"], ["speed", "samplers"])])
-def test_bad_input_is_one_line(argv, words):
-    refused(argv, *words)
