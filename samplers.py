@@ -33,8 +33,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 LOSSES = ("nt_xent", "dcl", "infonce")
 MAX_INDICES = 2 ** 27  # all_batches: entries of the table, 1 GiB
-# spectral_batches: the largest window that is solved whole, in rows or in batches, and the parts of larger
-# ones.
+# spectral_batches: the largest window solved whole, in rows or in batches, and the parts of larger ones.
 DENSE_ROWS, DENSE_BATCHES, PART_ROWS = 4096, 128, 1280
 
 
@@ -133,12 +132,11 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
 
     u, v [n, d] the two views; batches [m, B] row numbers, B >= 2.  Returns [m], on the device of u, in
     float32 (float64 for float64 input).  "nt_xent" (Chen et al., ICML 2020): the mean over the 2B views of
-    -log softmax at the partner, the softmax taken over the other 2B - 1 views of the cosines / temperature.
-    "dcl" (Yeh et al., ECCV 2022): the partner left out of that softmax's denominator.  "infonce", of the
-    paper's theory and of two modalities: the softmax over the B rows of the other view, the two directions
-    added.  Memory is bounded by chunks; gradients flow (and then keep every chunk).  Raises ValueError for
-    wrong shapes, temperature or loss, and on the CPU, where looking does not stop a GPU, for NaN, infinity
-    and row numbers outside [0, n).
+    -log softmax at the partner, over the cosines / temperature with the other 2B - 1 views.  "dcl" (Yeh et
+    al., ECCV 2022): the partner left out of the denominator.  "infonce", of the paper's theory and of two
+    modalities: the softmax over the B rows of the other view, the two directions added.  Memory is bounded by
+    chunks; gradients flow (and then keep every chunk).  Raises ValueError for wrong shapes, temperature or
+    loss, and on the CPU, where looking does not stop a GPU, for NaN, infinity and row numbers outside [0, n).
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; give one of {', '.join(LOSSES)}")
@@ -152,8 +150,7 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
     losses, table = [], None
     with torch.autocast(u.device.type, enabled=False):  # a bfloat16 logit of 10 is wrong by 0.03
         u, v = _unit(u).to(dtype), _unit(v).to(dtype)
-        # Where the batches meet every pair several times, as all_batches do, each logit is computed once,
-        # looked up.
+        # Where the batches meet every pair several times, as all_batches do, each logit is computed once.
         if loss != "infonce" and 4 * n * n <= min(2 ** 20, len(batches) * B * B):
             z = torch.cat([u, v])
             table = (z @ z.T).sub_(1).div_(temperature).flatten()
@@ -169,8 +166,7 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
                     losses.append((s.logsumexp(1) + s.logsumexp(2) - 2 * s.diagonal(0, 1, 2)).mean(1))
                     continue
                 z = torch.cat([a, b], 1)  # [c, 2B, d]
-                # Less its upper bound: with exp(-2 / temperature) in range, no search for the maximum is
-                # needed.
+                # Less its upper bound: with exp(-2 / temperature) in range, no maximum need be found.
                 s = (z @ z.mT).sub_(1).div_(temperature)  # [c, 2B, 2B]
             positive = s.diagonal(B, 1, 2).mean(1)
             for offset in (0,) if loss == "nt_xent" else (0, B, -B):
@@ -234,8 +230,8 @@ def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: f
                    lowest: bool = False, loss: str = "nt_xent") -> Tensor:
     """Of the given batches the q of highest loss, by rising loss (with all_batches: Algorithm 2).
 
-    u, v [n, d]; batches [k, B], or [groups, k, B] to choose q in each group.  Returns [q, B] or [groups, q,
-    B]. lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for q outside [1, k].
+    u, v [n, d]; batches [k, B], or [groups, k, B] to choose q in each group.  Returns [q, B], [groups, q, B].
+    lowest: the q of lowest loss instead.  Raises ValueError as batch_losses, and for q outside [1, k].
     """
     _check(u, v, temperature, read=False)
     if not isinstance(batches, Tensor) or batches.ndim not in (2, 3):
@@ -254,10 +250,10 @@ def osgd_batches(u: Tensor, v: Tensor, batch_size: int, k: int, q: int, temperat
                  lowest: bool = False, loss: str = "nt_xent") -> Tensor:
     """Of each k consecutive batches the q of highest loss (OSGD without replacement, Algorithm 6).
 
-    u, v [n, d], already in a random order: rows 0..B-1 are the first batch, and so on.  Returns [(n // B //
-    k) * q, B] on the device of u, group by group, inside a group by rising loss; a last group of fewer than k
-    batches is dropped.  lowest, ValueErrors: as select_by_loss, and for a batch_size outside [2, n], k * B >
-    n.
+    u, v [n, d], already in a random order: rows 0..B-1 are the first batch, and so on.  Returns [m, B], m = q
+    * (n // B // k), on the device of u, group by group, in a group by rising loss; a last group of fewer than
+    k batches is dropped.  lowest, ValueErrors: as select_by_loss, and for a batch_size outside [2, n], k * B
+    > n.
     """
     _check(u, v, temperature, read=False)
     n, batch_size = _check_size(len(u), batch_size)
@@ -272,8 +268,7 @@ def osgd_batches_with_replacement(u: Tensor, v: Tensor, batch_size: int, k: int,
                                   generator: Generator | None = None, loss: str = "nt_xent") -> Tensor:
     """Of k uniformly random B-subsets the q of highest loss, by rising loss (one step of OSGD, Algorithm 5).
 
-    u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B.  lowest and ValueErrors as
-    osgd_batches.
+    u, v [n, d].  Returns [q, B] on the device of u.  k may exceed n / B.  lowest, ValueErrors: osgd_batches.
     """
     _check(u, v, temperature, read=False)
     draws = random_batches_with_replacement(_integer("k", k, 1), len(u), batch_size, generator)
@@ -287,8 +282,7 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
     With unit rows divided by sqrt(temperature) and f(x) = log(1 + (B-1) e^x),
         w(k, l) = sum over (i, j) in {(k, l), (l, k)} of f(u_i.v_j - u_i.v_i) + f(v_i.u_j - v_i.u_i):
     the sum of w inside a batch, over B(B-1), bounds its InfoNCE loss from below.  Symmetric, zero diagonal,
-    on the device of u, float32 (float64 for float64 input).  Raises ValueError for wrong shapes or
-    temperature, NaN, B < 2.
+    on the device of u, float32 or float64.  Raises ValueError for wrong shapes or temperature, NaN, B < 2.
     """
     _check(u, v, temperature, read=True)
     batch_size = _integer("batch_size", batch_size, 2)
@@ -313,16 +307,16 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
 
     u, v [n, d], in a random order: each window of k * B consecutive rows (the last may be smaller) is split
-    into batches of exactly B, so that every row is in one batch; the last n % B rows are dropped.  Returns [n
-    // B, B] on the device of u.  refine: exchange rows between batches until they are harder still (ours:
-    refine_by_weight). Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES batches;
-    a larger window is cut into parts of similar rows, about PART_ROWS each, so that time and memory grow as k
-    B; with refine, batches that lie close are brought together in new parts, twice, and go on exchanging.
-    Against false negatives: exclude [n], integers such as class labels, two rows of one number share a batch
-    only where sizes leave no other way (needs refine and a window solved whole); ceiling, a quantile, 0.999
-    say: heavier edges weigh no more than it, so that near-duplicates attract no more than others. Raises
-    ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B > n, a ceiling
-    outside (0, 1], exclude with a window that is not solved whole.
+    into batches of exactly B, so that every row is in one batch; the last n % B rows are dropped.  Returns
+    [m, B], m = n // B, on the device of u.  refine: exchange rows between batches until they are harder still
+    (ours: refine_by_weight).  Works in float32.  Memory is O((k B)^2) up to DENSE_ROWS rows or DENSE_BATCHES
+    batches; a larger window is cut into parts of similar rows, about PART_ROWS each, so that time and memory
+    grow as k B; with refine, batches that lie close are brought together in new parts, twice, and go on
+    exchanging. Against false negatives: exclude [n], integers such as class labels, two rows of one number
+    share a batch only where sizes leave no other way (needs refine and a window solved whole); ceiling, a
+    quantile, 0.999 say: heavier edges weigh no more than it, so that near-duplicates attract no more than
+    others.  Raises ValueError for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n], k * B >
+    n, a ceiling outside (0, 1], exclude with a window that is not solved whole.
     """
     _check(u, v, temperature, read=True)
     _, B = _check_size(len(u), batch_size)
@@ -372,11 +366,11 @@ def refine_by_weight(w: Tensor, batches: Tensor, max_rounds: int | None = None) 
     D[i, b] the weight of row i to the rows of batch b, exchanging i of a and j of b adds
         D[i, b] - D[i, a] + D[j, a] - D[j, b] - 2 w[i, j]
     to the sum of w inside batches. A round makes the best exchange in each of many disjoint pairs of batches,
-    those first whose bound (the same without w, which is one where w[i, j] >= 0) is highest. Ends where no
-    exchange helps, or after max_rounds (default: 2^30 gains looked at, which only batches of hundreds reach).
-    Returns [k, B].  Rows of w in no batch stay out.  That w is symmetric, with a zero diagonal and finite, is
-    assumed, not looked at. Raises ValueError for wrong shapes and, on the CPU, for row numbers outside [0, n)
-    or given twice.
+    those first whose bound (the same without w, one where w[i, j] >= 0) is highest. Ends where no exchange
+    helps, or after max_rounds (default: 2^30 gains looked at, which only batches of hundreds reach).  Returns
+    [k, B].  Rows of w in no batch stay out.  That w is symmetric, with a zero diagonal and finite, is
+    assumed. Raises ValueError for wrong shapes and, on the CPU, for row numbers outside [0, n) or given
+    twice.
     """
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.is_floating_point():
         raise ValueError(f"w is {tuple(w.shape)} {w.dtype}; give floating-point weights [n, n]")

@@ -54,6 +54,19 @@ def test_what_was_fetched_and_not_trained_on_comes_again(method):
     refused(lambda: make(method).state_dict(behind=1), "behind is 1", "0 to 0")
 
 
+def test_a_resumed_run_keeps_what_was_embedded_at_once():
+    calls = []
+
+    def build():
+        return make(k=10, at_once=True, embed=lambda rows: calls.append(rows) or lookup(rows))
+    whole, first, again = train(build(), 60), build(), build()
+    calls.clear()
+    train(first, 13)
+    again.load_state_dict(saved(first))
+    assert train(again, 17) == whole[13:30] and len(calls) == 1
+    assert train(again, 30) == whole[30:] and len(calls) == 2
+
+
 def test_a_state_is_a_copy():
     sampler = make(k=10)
     train(sampler, 30)
