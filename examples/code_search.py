@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # not needed beside a copy of samplers.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not needed beside a copy of samplers.py
 from cli import COLOURS, canvas, save_figure
 from samplers import ContrastiveBatchSampler, batch_losses
 
@@ -30,8 +28,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "enc
 
 
 def standard_library() -> dict[str, list[tuple[str, str]]]:
-    """(first paragraph of the docstring, body) of each function that has both, by module; not of
-    packages, tests, tables and what newer Pythons lack."""
+    """(first paragraph of the docstring, body) of each function that has both, by module."""
     root, found = Path(sysconfig.get_paths()["stdlib"]), {}
     for top in sorted(path for path in root.iterdir() if path.name not in LEFT_OUT):
         for path in sorted(top.rglob("*.py")) if top.is_dir() else [top] * (top.suffix == ".py"):
@@ -60,8 +57,8 @@ def pairs(held_out: int = 1000) -> tuple[list[tuple[str, str]], list[tuple[str, 
     return train, test[:held_out]
 
 
-def same(*columns: tuple[str, ...]) -> Tensor:
-    """Numbers [n], one for rows with an equal text in a column, or linked by such: no negatives of each other."""
+def same(*columns: tuple[str, ...]) -> torch.Tensor:
+    """Numbers [n], one for rows with an equal text in a column, or linked by such: no negatives."""
     n = len(columns[0])
     nodes = [np.unique(column, return_inverse=True)[1] + n * i for i, column in enumerate(columns, 1)]
     edges = np.tile(np.arange(n), len(nodes)), np.concatenate(nodes)  # of a graph of rows and texts
@@ -69,18 +66,18 @@ def same(*columns: tuple[str, ...]) -> Tensor:
     return torch.from_numpy(connected_components(graph, directed=False)[1][:n])
 
 
-def hashed(texts: tuple[str, ...]) -> Tensor:
+def hashed(texts: tuple[str, ...]) -> torch.Tensor:
     """The first 128 distinct words of each text, those inside names too, as numbers [n, 128]; 0: no word."""
     words = [dict.fromkeys(re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", text) or [""]) for text in texts]
     numbers = [torch.tensor([1 + zlib.crc32(w.lower().encode()) % BUCKETS for w in some]) for some in words]
-    return nn.utils.rnn.pad_sequence(numbers, batch_first=True)[:, :128]
+    return torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True)[:, :128]
 
 
-def train(method: str, seed: int, epochs: int, exclude: Tensor, texts: Tensor, codes: Tensor,
-          test_texts: Tensor, test_codes: Tensor) -> np.ndarray:
+def train(method: str, seed: int, epochs: int, exclude: torch.Tensor, *data: torch.Tensor) -> np.ndarray:
     """Steps, seconds (selection counted, evaluation not), MRR and R@1 after each epoch, [epochs, 4]."""
+    texts, codes, test_texts, test_codes = data
     torch.manual_seed(seed)
-    of_text = nn.EmbeddingBag(1 + BUCKETS, DIM, mode="mean", sparse=True, padding_idx=0)
+    of_text = torch.nn.EmbeddingBag(1 + BUCKETS, DIM, mode="mean", sparse=True, padding_idx=0)
     of_code = copy.deepcopy(of_text)  # a word starts as the same in both
     optimizer = torch.optim.SparseAdam([of_text.weight, of_code.weight], lr=LEARNING_RATE)
     hard = {"exclude": exclude, "temperature": TEMPERATURE} if method == "spectral" else {}
@@ -100,12 +97,11 @@ def train(method: str, seed: int, epochs: int, exclude: Tensor, texts: Tensor, c
     return np.array(curve)
 
 
-def main(epochs: int = 10, seeds: int = 3, limit: int | None = None, out: Path = ROOT / "runs") -> dict:
+def main(epochs: int = 10, seeds: int = 3, limit: int | None = None, out: Path = Path("runs")) -> dict:
     """The curves [seeds, epochs, 4] of random and hard batches, printed and drawn; of `limit` pairs."""
     torch.set_num_threads(1)
     (texts, codes), tests = (tuple(zip(*part[:limit])) for part in pairs())
     data, exclude = [hashed(part) for part in (texts, codes, *tests)], same(texts, codes)
-    print(f"{len(texts)} pairs to train on, {len(tests[0])} to find, batches of {BATCH_SIZE}")
     curves, (figure, axes) = {}, canvas(1, 2, 6, 2.5, sharey=True)
     for method in ("random", "spectral"):
         curves[method] = np.stack([train(method, seed, epochs, exclude, *data) for seed in range(seeds)])

@@ -25,6 +25,8 @@ class hard_batches(TrainerCallback):
     no batch. Prompts are those of the arguments. A checkpoint holds sampler.pt, and resume_from_checkpoint
     goes on with the batches that would have come. options: ContrastiveBatchSampler's; temperature: 1 / scale
     of the loss."""
+    FILE = "{}/checkpoint-{}/sampler.pt"
+
     def __init__(self, model, train, columns=("anchor", "positive"), refresh="window", **options):
         if refresh not in ("window", "epoch"):
             raise ValueError(f"refresh is {refresh!r}; give 'window' or 'epoch'")
@@ -41,8 +43,8 @@ class hard_batches(TrainerCallback):
         texts = [np.unique(every[c], return_inverse=True)[1] + n * i for i, c in enumerate(self.columns, 1)]
         edges = np.tile(np.arange(n), len(texts)), np.concatenate(texts)
         graph = coo_array((np.ones(len(edges[0])), edges), shape=2 * [n * (len(texts) + 1)])
-        same = connected_components(graph, directed=False)[1][:n]
-        options = {"k": max(1, min(40, n // B, 4096 // B)), "exclude": same, "seed": seed} | self.options
+        options = {"k": max(1, min(40, n // B, 4096 // B)), "seed": seed,
+                   "exclude": connected_components(graph, directed=False)[1][:n]} | self.options
         sampler = _Resumable(n, B, embed=lambda rows: self.embed(dataset[rows.tolist()]), **options)
         sampler.tell, self.samplers[name] = lambda: self.fetched.append(name), sampler
         return sampler
@@ -60,7 +62,7 @@ class hard_batches(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         self.prompts = args.prompts
         if state.global_step:  # resumed
-            for name, saved in torch.load(self.path(args, state)).items():
+            for name, saved in torch.load(self.FILE.format(args.output_dir, state.global_step)).items():
                 self.samplers[name].load_state_dict(saved)
 
     def on_epoch_begin(self, args, state, control, **_):
@@ -75,13 +77,10 @@ class hard_batches(TrainerCallback):
         behind = self.fetched[self.trained:]
         states = {name: sampler.state_dict(behind.count(name)) for name, sampler in self.samplers.items()}
         if state.is_world_process_zero:
-            torch.save(states, self.path(args, state))
+            torch.save(states, self.FILE.format(args.output_dir, state.global_step))
 
     def __reduce__(self):  # the trainer pickles its arguments, which need no model
         return str, ("hard_batches",)
-
-    def path(self, args, state):
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "sampler.pt"
 
 
 class _Resumable(ContrastiveBatchSampler):

@@ -225,7 +225,8 @@ def test_similar_classes_come_together_and_each_sample_in_its_turn():
     for label in range(32):  # none a second time before each came once, but for those left over
         rows = [row for batch in batches for row in batch if labels[row] == label]
         size = int((labels == label).sum()) // 4 * 4
-        assert all(len(set(rows[at:at + size])) == len(rows[at:at + size]) for at in range(0, len(rows), size))
+        rounds = [rows[at:at + size] for at in range(0, len(rows), size)]
+        assert all(len(set(some)) == len(some) for some in rounds)
     mixed = list(SimilarClasses(labels, 8, 4))
     assert sum(len(set((labels[batch] % 4).tolist())) > 1 for batch in mixed) > 45
     with pytest.raises(ValueError, match="32 classes"):
