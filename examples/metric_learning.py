@@ -93,7 +93,8 @@ def main(similar: bool = True, epochs: int = 8, count: int = 4096, seed: int = 0
     sampler = SimilarClasses(train_labels, embed=embed, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     trainer = MetricLossOnly(
-        models={"trunk": model}, optimizers={"trunk_optimizer": optimizer}, batch_size=sampler.batch_size, loss_funcs={"metric_loss": MultiSimilarityLoss()}, sampler=sampler,
+        models={"trunk": model}, optimizers={"trunk_optimizer": optimizer}, batch_size=sampler.batch_size,
+        loss_funcs={"metric_loss": MultiSimilarityLoss()}, sampler=sampler,
         dataset=TensorDataset(train, train_labels), dataloader_num_workers=0, data_device=torch.device("cpu"))
     trainer.train(num_epochs=epochs)
     z, new = F.normalize(embed_all(model, images[~known])), labels[~known]

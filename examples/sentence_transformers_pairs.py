@@ -25,6 +25,8 @@ class hard_batches(TrainerCallback):
     no batch. Prompts are those of the arguments. A checkpoint holds sampler.pt, and resume_from_checkpoint
     goes on with the batches that would have come. options: ContrastiveBatchSampler's; temperature: 1 / scale
     of the loss."""
+    FILE = "{}/checkpoint-{}/sampler.pt"
+
     def __init__(self, model, train, columns=("anchor", "positive"), refresh="window", **options):
         if refresh not in ("window", "epoch"):
             raise ValueError(f"refresh is {refresh!r}; give 'window' or 'epoch'")
@@ -41,8 +43,8 @@ class hard_batches(TrainerCallback):
         texts = [np.unique(every[c], return_inverse=True)[1] + n * i for i, c in enumerate(self.columns, 1)]
         edges = np.tile(np.arange(n), len(texts)), np.concatenate(texts)
         graph = coo_array((np.ones(len(edges[0])), edges), shape=2 * [n * (len(texts) + 1)])
-        same = connected_components(graph, directed=False)[1][:n]
-        options = {"k": max(1, min(40, n // B, 4096 // B)), "exclude": same, "seed": seed} | self.options
+        options = {"k": max(1, min(40, n // B, 4096 // B)), "seed": seed,
+                   "exclude": connected_components(graph, directed=False)[1][:n]} | self.options
         sampler = _Resumable(n, B, embed=lambda rows: self.embed(dataset[rows.tolist()]), **options)
         sampler.tell, self.samplers[name] = lambda: self.fetched.append(name), sampler
         return sampler
@@ -60,8 +62,8 @@ class hard_batches(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         self.prompts = args.prompts
         if state.global_step:  # resumed
-            for number, saved in torch.load(self.path(args, state)).items():
-                self.samplers[number].load_state_dict(saved)
+            for name, saved in torch.load(self.FILE.format(args.output_dir, state.global_step)).items():
+                self.samplers[name].load_state_dict(saved)
 
     def on_epoch_begin(self, args, state, control, **_):
         self.fetched, self.trained = [], 0  # the data set of each batch fetched, which runs ahead of training
@@ -73,12 +75,12 @@ class hard_batches(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         behind = self.fetched[self.trained:]
+        states = {name: sampler.state_dict(behind.count(name)) for name, sampler in self.samplers.items()}
         if state.is_world_process_zero:
-            torch.save({i: sampler.state_dict(behind.count(i)) for i, sampler in self.samplers.items()},
-                       self.path(args, state))
+            torch.save(states, self.FILE.format(args.output_dir, state.global_step))
 
-    def path(self, args, state):
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "sampler.pt"
+    def __reduce__(self):  # the trainer pickles its arguments, which need no model
+        return str, ("hard_batches",)
 
 
 class _Resumable(ContrastiveBatchSampler):
@@ -95,8 +97,9 @@ def static_model(texts: list[str], dim: int = 128):
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Replace(Regex(r"(?<=[a-z])(?=[A-Z])"), " ")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[A-Za-z]+|\d+"), "removed", invert=True)
+    inside = normalizers.Replace(Regex(r"(?<=[a-z])(?=[A-Z])"), " ")  # a name's words
+    tokenizer.normalizer = normalizers.Sequence([inside, normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|\d+"), "removed", invert=True)
     tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["[UNK]"]))
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)])
 
@@ -107,7 +110,7 @@ def main(method="hard", epochs=5, rate=0.02, seed=0, limit=None, out=ROOT / "run
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    train, test = (Dataset.from_dict(dict(zip(("anchor", "positive"), zip(*part[:limit])))) for part in pairs())
+    train, test = (Dataset.from_dict(dict(zip(("anchor", "positive"), zip(*p[:limit])))) for p in pairs())
     torch.manual_seed(seed)
     model = static_model([*train["anchor"], *train["positive"]])
     hard = hard_batches(model, train, **options)
@@ -116,12 +119,11 @@ def main(method="hard", epochs=5, rate=0.02, seed=0, limit=None, out=ROOT / "run
         batch_sampler=hard if method == "hard" else method, save_strategy="no", report_to="none")
     loss = MultipleNegativesRankingLoss(model)
     SentenceTransformerTrainer(model, args, train_dataset=train, loss=loss, callbacks=[hard]).train()
-    u, v = (model.encode(test[c], normalize_embeddings=True, convert_to_tensor=True) for c in test.column_names)
+    u, v = (model.encode(test[c], normalize_embeddings=True, convert_to_tensor=True) for c in test.features)
     rank = 1 + (u @ v.T > (u * v).sum(1, keepdim=True) + 1e-6).sum(1)
-    print(f"{method}: MRR {(1 / rank).mean():.3f}, R@1 {100 * (rank == 1).float().mean():.1f} %")
     return (1 / rank).mean().item(), (rank == 1).float().mean().item()
 
 
 if __name__ == "__main__":
     for name in ("no_duplicates", "hard"):
-        main(name)
+        print("%s: MRR %.3f, R@1 %.3f" % (name, *main(name)))
