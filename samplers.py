@@ -390,8 +390,8 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
             x = torch.linalg.qr(half * (w @ (half * x)))[0]
         values, rotation = torch.linalg.eigh(x.T @ (half * (w @ (half * x))))
         x = x @ rotation
-    # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows are
-    # the closest rank-k affinity. A diagonal added to W, which no partition feels, lifts negative ones.
+    # The first one is D^1/2 1 for every graph. Scaled by the root of the eigenvalue, inner products of rows
+    # are the closest rank-k affinity. A diagonal added to W, which no partition feels, lifts negative ones.
     x = (x[:, -k:-1] * (values[-k:-1] - values[-k - 1].clamp(max=0)).sqrt()).cpu()  # [n, k-1]: small now
     # k-means++ (Arthur & Vassilvitskii, 2007): the next centre with probability by squared distance.
     distance, chosen = x.new_full((n,), torch.inf), []
@@ -412,8 +412,8 @@ def _balanced_clusters(w: Tensor, size: int, generator: Generator | None) -> Ten
 def _assign(gain: Tensor, size: int) -> Tensor:
     """Labels [n] from gain [n, k], each given to exactly `size` = n / k rows, of (nearly) the greatest sum.
 
-    At the right prices on the labels each row's own choice is the assignment. Sinkhorn iterations find them up
-    to a few rows; those, and the rows nearest to changing their minds, 320 in all, are then assigned
+    At the right prices on the labels each row's own choice is the assignment. Sinkhorn iterations find them
+    up to a few rows; those, and the rows nearest to changing their minds, 320 in all, are then assigned
     optimally: all 1,280 take ten times as long.
     """
     n, k = gain.shape
@@ -479,10 +479,11 @@ class ContrastiveBatchSampler(BatchSampler):
                              "'random' or a function")
         for name, given, used in (("q", q is not None, by_loss), ("lowest", lowest, by_loss),
                                   ("exclude", exclude is not None, spectral),
-                                  ("ceiling", ceiling is not None, spectral), ("at_once", at_once, embed)):
+                                  ("ceiling", ceiling is not None, spectral),
+                                  ("at_once", at_once, embed is not None)):
             if given and not used:
                 raise ValueError(f"{name} is given, of no use to method {method!r}"
-                                 f"{'' if embed else ' without embed'}; leave it out")
+                                 f"{' without embed' * (embed is None)}; leave it out")
         q = max(1, k // 10) if q is None else _integer("q", q)
         two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
         select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature, loss=loss)
