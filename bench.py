@@ -4,8 +4,8 @@
     python bench.py step [--image-size 224]            train.py's step, hours of the paper's runs
     python bench.py augment                            against torchvision's transforms, image by image
 
-FILE.npz holds arrays NAME_u and NAME_v [n, d] and, if there are, class ids NAME_labels [n]. What stands in
-one table was timed in turns, so that ratios hold on a busy machine.
+FILE.npz holds arrays NAME_u and NAME_v [n, d] and, if there are, class ids NAME_labels [n]. Times of a table
+are taken in turns, so that ratios hold on a busy machine.
 """
 import contextlib
 import copy
@@ -62,7 +62,7 @@ def seconds(*functions: Callable[[], object], rounds: int = 3, calls: int = 1) -
 
 
 def peak(function: Callable[[], object], device: torch.device) -> float | None:
-    """MB by which memory in use grew at most: on CUDA torch's, else the process's (None but on Linux)."""
+    """MB by which memory grew at most: on CUDA torch's, else the process's (None but on Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -100,7 +100,7 @@ def read_pairs(file: str) -> dict[str, tuple]:
         if not sets:
             raise ValueError("no NAME_u")
         for name, (u, v, labels) in sets.items():
-            if u.shape != v.shape or labels is not None and len(labels) != len(u) or len(u) < B * K:
+            if not len(v) == len(u if labels is None else labels) == len(u) >= B * K:
                 raise ValueError(f"{name} has {len(u)} pairs of at least {B * K}, or arrays that do not fit")
         return sets
     except Exception as error:  # np.load fails in many ways on what is not its own
@@ -178,7 +178,7 @@ def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: tor
 
 
 def bench_window(n: int, device: torch.device) -> dict:
-    """Refined batches of n made-up pairs as one window, which is cut into parts: time, memory."""
+    """Refined batches of n made-up pairs as one window: time, memory."""
     u, v = torch.randn(2, n, 128, device=device)
     def choose() -> Tensor:
         return samplers.spectral_batches(u, v, B, n // B, refine=True)
@@ -189,7 +189,7 @@ def bench_window(n: int, device: torch.device) -> dict:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that are dispatched under it, those of backward as well."""
+    """Counts the operations under it, those of backward as well."""
     count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
@@ -227,12 +227,12 @@ def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
 def paper_hours(ms: dict[int, float]) -> dict[str, float]:
     """Hours of the paper's twelve runs, from the ms of a step of 32 images by their pixels."""
     cifar, tiny = (6 * 100 * (n // 32) / 3.6e6 for n in (50_000, 100_000))  # six runs of 100 epochs each
-    sides = {"224 px": (224, 224), "own size": (32, 64)}  # of CIFAR-100's, of Tiny ImageNet's
+    sides = {"224 px": (224, 224), "own size": (32, 64)}
     return {name: cifar * ms[a] + tiny * ms[b] for name, (a, b) in sides.items() if {a, b} <= ms.keys()}
 
 
 def bench_step(device: torch.device, size: int | None) -> dict:
-    """Each way of making train.py's step, beside a large matrix product, and hours of the paper's runs."""
+    """Each way of making train.py's step, and hours of the paper's runs."""
     cuda, hours, table = device.type == "cuda", {}, []
     side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a = torch.randn(side, side, device=device, dtype=dtype)
@@ -253,7 +253,7 @@ def bench_step(device: torch.device, size: int | None) -> dict:
 
 
 def bench_augment() -> dict:
-    """Images a second on the CPU: one step's batch (two views of 32 images) and a large one."""
+    """Images a second on the CPU, of one step's batch and of a large one."""
     table = []
     for side, count in itertools.product((32, 64), (64, 2048)):
         images, g = torch.randint(256, (count, 3, side, side), dtype=torch.uint8), torch.Generator()
@@ -275,7 +275,7 @@ def main(argv: list[str]) -> None:
     knobs, _ = cli.parse(argv, __doc__, KNOBS, {}, words="what")
     what, out, device = " ".join(knobs["what"]), cli.expand(knobs["out"] or ""), cli.pick_device("auto")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)  # said before the minute, not after
+        out.parent.mkdir(parents=True, exist_ok=True)
         if what == "samplers":
             other = runpy.run_path(knobs["against"]) if knobs["against"] else {"spectral_batches": None}
             if "spectral_batches" not in other:

@@ -107,12 +107,15 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
         groups.setdefault(json.dumps(knobs[i], sort_keys=True), []).append(i)
     order = dict.fromkeys(["sampler", "objective", "embeddings", "batch_size", "select_after", "k", "q",
                            *(name for own in knobs for name in own)])
+    differ = {name for name in ("objective", "embeddings", "batch_size")
+              if len({own.get(name) for own in knobs if own["sampler"] != "random"}) > 1}
     for members in sorted(groups.values(), key=min):
         own, peers, words = knobs[members[0]], [knobs[x[0]] for x in groups.values()], []
-        for name in order:  # no more words than it takes to tell groups apart
+        for name in order:  # these three where any runs differ; of others what it takes to tell groups apart
             x = own.get(name)
             alike = [peer for peer in peers if peer.get(name) == x]
-            if name == "sampler" or len(alike) < len(peers) and x not in (None, "simclr"):
+            told = len(alike) < len(peers) or name in differ and own["sampler"] != "random"
+            if name == "sampler" or told and x not in (None, "simclr"):
                 words.append(x if isinstance(x, str) else name.replace("_", "-") + f" {x}" * (x is not True))
             peers = alike
         name = ", ".join(words)
@@ -227,13 +230,14 @@ def table_text(rows: list[dict]) -> str:
 
 # -------------------------------------------------------------------------------- along training
 def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
-    """By group, from log.jsonl: seeds; R1 [S][E]; steps [E]; seconds in all [E], the mean over seeds."""
+    """By group, from log.jsonl: seeds; R1 [S][E]; images seen [E]; seconds in all [E], their mean."""
     found = {}
     for group, members in groups.items():
         logs = [{line["step"]: line for line in runs[i].log} for i in members]
         steps = sorted(set.intersection(*map(set, logs)))  # of all, wherever one was stopped
         seconds = [[log[x]["seconds_training"] + log[x]["seconds_selecting"] for x in steps] for log in logs]
-        found[group] = {"seeds": [runs[i].knobs["seed"] for i in members], "steps": steps,
+        found[group] = {"seeds": [runs[i].knobs["seed"] for i in members],
+                        "images": [x * runs[members[0]].knobs["batch_size"] for x in steps],
                         "seconds": np.mean(seconds, 0).tolist(),
                         "R1": [[log[x]["R1"] for x in steps] for log in logs]}
     return found
@@ -249,8 +253,8 @@ def first_at(target: float, y: np.ndarray, x: list[float]) -> float | None:
 
 
 def cost(found: dict[str, dict], target: float | None) -> list[dict]:
-    """A row for each group of curves(), the first being the baseline: steps and seconds at which its mean
-    curve first reaches the target (None: what the baseline's ends at), and their ratios to the baseline's, of
+    """A row for each group of curves(), the first being the baseline: images seen and seconds at which its
+    mean curve first reaches the target (None: what the baseline's ends at), and their ratios to the baseline's, of
     which the whole run counts where it does not reach it; and "gain", with its interval over several seeds,
     R@1 after the baseline's seconds (or at its end, where that is sooner) less that of the baseline."""
     baseline = next(iter(found.values()))
@@ -259,7 +263,7 @@ def cost(found: dict[str, dict], target: float | None) -> list[dict]:
     ends = {seed: np.array(r[-1:]) for seed, r in zip(baseline["seeds"], baseline["R1"])}
     for name, group in found.items():
         row = {"group": name, "seeds": len(group["seeds"]), "target": target}
-        for axis in ("steps", "seconds"):
+        for axis in ("images", "seconds"):
             row[axis] = first_at(target, np.mean(group["R1"], 0), group[axis])
             other = first_at(target, base, baseline[axis]) or baseline[axis][-1]
             row[f"{axis}_ratio"] = None if row[axis] is None else row[axis] / other
@@ -274,27 +278,27 @@ def cost(found: dict[str, dict], target: float | None) -> list[dict]:
 
 def cost_text(rows: list[dict]) -> str:
     """The rows of cost() to read."""
-    lines = [["", "seeds", "steps", "ratio", "seconds", "ratio", "gain"]]
+    lines = [["", "seeds", "images", "ratio", "seconds", "ratio", "gain"]]
     for row in rows:
         line = [row["group"], str(row["seeds"])]
-        for x, ratio in ((row[axis], row[f"{axis}_ratio"]) for axis in ("steps", "seconds")):
+        for x, ratio in ((row[axis], row[f"{axis}_ratio"]) for axis in ("images", "seconds")):
             line += ["never", ""] if x is None else [f"{x:,.0f}", f"{ratio:.2f}"]
         lines.append([*line, plus_minus(row["gain"], row["gain_interval"], "+.1f")])
     return aligned(lines)
 
 
 def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
-    """R@1 against steps and seconds; a line is the mean over seeds, a band from the lowest to the highest.
+    """R@1 against images seen and seconds; a line is the mean over seeds, a band from the lowest to the highest.
     samplers: of each group."""
     figure, axes = cli.canvas(1, 2, 7.2, 3.0, sharey=True)
-    for axis, at in zip(axes[0], ("steps", "seconds")):
+    for axis, at in zip(axes[0], ("images", "seconds")):
         for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
             style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
             y, colour = 100 * np.array(x["R1"]), cli.COLOURS.get(sampler, "black")
             axis.plot(x[at], y.mean(0), style, color=colour, label=group)
             axis.fill_between(x[at], y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
         axis.axhline(100 * target, color="black", linewidth=0.6, linestyle=":")
-        axis.set(xlabel="steps" if at == "steps" else "seconds of training and selecting")
+        axis.set(xlabel="images seen" if at == "images" else "seconds of training and selecting")
     axes[0, 0].set(ylabel="two-view R@1 (%)", title="line: mean over seeds; band: lowest to highest")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=min(4, len(found)))

@@ -39,7 +39,7 @@ setup() {
   "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" && "$base" -m venv .venv || fail \
     "$base is not Python 3.10 or newer with venv; install python3-venv, or name one: PYTHON=python3.12"
   nvidia-smi -L >/dev/null 2>&1 ||  # the CPU builds are several GB smaller; not every index has them
-    $python -m pip install torch==2.14.1+cpu torchvision==0.29.1+cpu
+    $python -m pip install -q torch==2.14.1+cpu torchvision==0.29.1+cpu 2>/dev/null
   $python -m pip install -r requirements.txt || fail "no packages, for the reason above; the same tries again"
   cp requirements.txt .venv/complete  # last: a half-made .venv is never used
 }
@@ -82,7 +82,13 @@ retrieval() {  # of all runs that have ended
 
 bench() { step bench results/samplers.json bench.py samplers --pairs 10000 --out results/samplers.json; }
 report() { step report - report.py; }
-examples() { for x in examples/*.py; do step "${x##*/}" - "$x"; done; }
+examples() {
+  if [ -n "$begun" ] && [ -z "$dry" ]; then
+    "$python" -m pip install -q -r requirements-examples.txt || fail "no packages, for the reason above"
+  fi
+  for x in examples/[!t]*.py; do step "${x##*/}" - "$x"; done
+  step test-examples - -m pytest -q examples
+}
 todo="" failed="" pids=() logs=()  # pids and logs of what runs, by slot
 
 made() {  # made NAME RESULT: it is there, no quick one where a full one is asked for, and newer than its runs
@@ -115,7 +121,7 @@ step() {  # step NAME RESULT WORD ...: python WORD ... once a slot is free, unle
 
 finish() {  # finish SLOT ...: waits for what runs there, and shows the end of what it said
   for slot; do
-    if wait "${pids[slot]}"; then lines=1; else lines=20 failed+=" ${logs[slot]}"; fi
+    if wait "${pids[slot]}"; then lines=1; else lines=200 failed+=" ${logs[slot]}"; fi
     echo "== ${logs[slot]} ends: $(tail -n $lines "${logs[slot]}")"
     unset "pids[slot]"
   done

@@ -104,7 +104,7 @@ def _unit(u: Tensor, v: Tensor) -> list[Tensor]:
     dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
     units = []
     for x in (u.to(dtype), v.to(dtype)):
-        largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=1, keepdim=True)
+        largest = x.detach().abs().amax(1, keepdim=True)
         units.append(F.normalize(x / largest.masked_fill(largest == 0, 1), dim=1))
     return units
 

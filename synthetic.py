@@ -22,9 +22,8 @@ import cli
 from cli import COLOURS, canvas, progress
 from model import infonce
 from samplers import all_batches, batch_losses, spectral_batches
-from theory import (METHODS, claim, cross_polytope, cross_polytope_loss, descend, digits, directions, etf,
-                    etf_loss, evaluations, first_steps, growth, interval, least_matching, nearest, schedule,
-                    speedup, start, toy_curves, train)
+from theory import (METHODS, claim, descend, digits, directions, evaluations, first_steps, growth, interval,
+                    least_matching, nearest, optimum, schedule, speedup, start, toy_curves, train)
 
 KNOBS = {
     "experiment": ("all", ("all", "toy", "angle", "optima", "convergence", "subsets", "histograms",
@@ -40,12 +39,6 @@ ABOVE_1 = math.nextafter(1, 2), inf  # an interval that ends at 1 does not lie i
 CHOOSING = "osgd-direct", "osgd-replacement", "osgd", "spectral"  # those that look before they step
 
 
-def setting(knobs: dict, seeds: int, steps: int, quick_seeds: int, quick_steps: int):
-    """Runs, steps and generator."""
-    runs, steps = (quick_seeds, quick_steps) if knobs["quick"] else (seeds, steps)
-    return knobs["seeds"] or runs, knobs["steps"] or steps, torch.Generator().manual_seed(knobs["seed"])
-
-
 def band(axis, x, values: np.ndarray, label: str, colour: str) -> None:
     """Median and quartiles of values [R, T] against x [T]."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
@@ -54,10 +47,9 @@ def band(axis, x, values: np.ndarray, label: str, colour: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------ experiments
-# Each takes the knobs and returns its claims, its numbers (for the .json) and its figure.
-def toy(knobs: dict):
+# Each returns its claims, its numbers (for the .json) and its figure.
+def toy(runs, steps, generator, knobs):
     """Four samples in the plane: steps to the optimum of OSGD, and of SGD, a random variable."""
-    runs, steps, generator = setting(knobs, 2000, 5000, 1000, 2000)
     tolerances = {0.1: "-", 0.01: "--", 1e-3: ":", 1e-4: "-."}  # and their lines
     figure, axes = canvas(2, 3, 7.2, 4.6)
     claims, numbers, form = [], [], "mean T_SGD / T_OSGD"
@@ -81,10 +73,9 @@ def toy(knobs: dict):
                 lead = leads[method, t] = interval(np.minimum(x, steps) / certain[t])
                 line[2].plot(np.sort(x), np.linspace(0, 100, len(x)), tolerances[t], color=colour,
                              label=f"{t:g}" if method == "sgd" else None)
-                own = f"OSGD {certain[t]:g}" if math.isfinite(certain[t]) else f"OSGD not in {steps}"
-                claims.append(claim(f"step size {lr:g}, to {t:g}: OSGD needs fewer steps than {label} ({own}; "
-                                    f"{np.isfinite(x).mean():.1%} of its runs arrive)", lead, ABOVE_1,
-                                    f"{form} > 1", asked_by))
+                text = f"step size {lr:g}, to {t:g}: OSGD needs fewer steps than {label} (OSGD "
+                text += f"{digits(certain[t])}; {np.isfinite(x).mean():.1%} of its runs arrive)"
+                claims.append(claim(text, lead, ABOVE_1, f"{form} > 1", asked_by))
         line[0].axhline(45, color="black", linewidth=0.6, linestyle=":")
         line[0].set(ylabel=f"step size {lr:g}\ntheta (degrees)", xlabel="steps")
         line[1].set(ylabel="loss above the optimum's", xlabel="steps", yscale="log", ylim=(1e-5, 2))
@@ -97,7 +88,7 @@ def toy(knobs: dict):
     return claims, numbers, figure
 
 
-def angle(knobs: dict):
+def angle(runs, steps, generator, knobs):
     """Losses as u_1 turns, the others on a decagon: other values, same minimiser; N = 10, B = 2, d = 2."""
     degrees, order = torch.arange(-180, 180.25, 0.25, dtype=torch.float64), torch.arange(10)
     v = directions(order.double() * 36).repeat(len(degrees), 1, 1)
@@ -110,7 +101,7 @@ def angle(knobs: dict):
             (order[None], all_batches(10, 2), order.view(5, 2))):
         losses[method] = infonce(u[:, batches], v[:, batches]).mean(1)
         least[method] = degrees[losses[method].argmin()].item()
-        axis.plot(degrees, losses[method], color=METHODS[method][1])
+        axis.plot(degrees.numpy(), losses[method].numpy(), color=METHODS[method][1])
         axis.axvline(least[method], color="black", linewidth=0.6, linestyle=":")
         axis.set(title=title, xlabel="angle of $u_1$ (degrees)", xticks=range(-180, 181, 90))
     axes[0].set_ylabel("loss (dotted: its minimum)")
@@ -124,16 +115,15 @@ def angle(knobs: dict):
     return claims, [{"degrees": degrees.tolist()} | {m: x.tolist() for m, x in losses.items()}], figure
 
 
-def optima(knobs: dict):
+def optima(runs, steps, generator, knobs):
     """Where each method ends: U V^T beside the optimum's, its relative distance and full-batch loss."""
-    runs, steps, generator = setting(knobs, 8, 1200, 8, 300)
     sizes = [(n, b, ratio) for ratio in (2, 0.5) for n in (4, 8, 16)[:3 - knobs["quick"]] for b in (2, 4)]
     figure, axes = canvas(len(sizes), len(METHODS) + 1, 7.2, 0.64 * len(sizes) + 0.9)
     tick, numbers = progress("optima", len(sizes) * len(METHODS), "trainings"), []
     look = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
     for (n, b, ratio), line in zip(sizes, axes):
         d, pairs = int(ratio * n), torch.arange(n).view(-1, 2)
-        target, optimum = (etf(n), etf_loss(n)) if ratio == 2 else (cross_polytope(n), cross_polytope_loss(n))
+        target, least = optimum(n, d)
         for method, axis in zip(METHODS, line[1:]):
             u, v, _ = start(runs, n, d, knobs["seed"])
             # Without noise all it takes is time. All batches together pull a pair (B-1)/(N-1) times as hard
@@ -144,15 +134,15 @@ def optima(knobs: dict):
             own = infonce(u[:, pairs], v[:, pairs]).mean(1) - 2 * math.log1p(math.exp(-2))
             numbers.append({"n": n, "batch_size": b, "d": d, "method": method,
                             "relative_distance": far.tolist(),
-                            "above_optimum": (infonce(u, v) - optimum).tolist(),
+                            "above_optimum": (infonce(u, v) - least).tolist(),
                             "pairs_above_own_optimum": own.tolist()})
             s, order = u[0] @ v[0].T, torch.arange(n)
             if ratio < 2:  # one of each opposite pair, then their partners
                 cost = (s + s.T)[None].requires_grad_()
                 order = torch.autograd.grad(least_matching(cost).sum(), cost)[0][0].nonzero().T.flatten()
-            axis.imshow(s[order][:, order], **look)
+            axis.imshow(s[order][:, order].numpy(), **look)
             tick(len(numbers))
-        picture = line[0].imshow(target, **look)
+        picture = line[0].imshow(target.numpy(), **look)
         line[0].set_ylabel(f"N={n} B={b}\nd={d}", rotation=0, ha="right", va="center")
     for axis, label in zip(axes[0], ["optimum"] + [METHODS[method][0] for method in METHODS]):
         axis.set_title(label.replace(" with ", " with\n"), rotation=40, ha="left", x=0.2)
@@ -183,7 +173,7 @@ def optima_claims(numbers: list[dict], ratio: float, name: str, form: str) -> li
     claims += [claim(f"{label}: stays away from the {name}", far["fixed"].min(0), (0.2, inf),
                      "relative distance >= 0.2 at every N, B"),
                claim(f"{label}: the full-batch loss is worse than at the {name}",
-                     runs_of("fixed", "above_optimum").min(0), (0.01, inf), "above L* by >= 0.01 at every N, B"),
+                     runs_of("fixed", "above_optimum").min(0), (0.01, inf), "by >= 0.01 at every N, B"),
                claim(f"{label}, B = 2, {name[name.index('d ='):]}: each batch at its own optimum", own.max(0),
                      (0, 1e-3), "2 log(1 + e^-2) to 1e-3", "us")]
     return claims + [
@@ -193,10 +183,10 @@ def optima_claims(numbers: list[dict], ratio: float, name: str, form: str) -> li
         for method in CHOOSING]
 
 
-def convergence(knobs: dict):
+def convergence(runs, steps, generator, knobs):
     """Distance to the optimum against steps and pairs evaluated; B = 2, N = 8, and 4 and 16 as released."""
-    runs, steps, generator = setting(knobs, 32, 1500, 24, 200)
-    rows = (8, knobs["lr"], False), (8, knobs["lr"] / 10, False), *((n, knobs["lr"], True) for n in (4, 8, 16))
+    given = knobs["lr"]
+    rows = (8, given, False), (8, given / 10, False), *((n, given, True) for n in (4, 8, 16))  # released?
     methods = sorted(METHODS, key="sgd".__ne__)  # SGD first, whom the others race
     figure, axes = canvas(len(rows), 4, 9.6, 9.0, sharex="col", sharey="row")
     claims, numbers, form = [], [], "SGD's over its own > 1"
@@ -214,17 +204,15 @@ def convergence(knobs: dict):
                 for axis, cost in zip(pair, costs):
                     band(axis, shown * every * cost, distances[:, shown].numpy(), *METHODS[method])
                 if method == "sgd":
-                    tolerance, cost_of_sgd = nearest(distances, 0.1), costs[1]
-                    sgd = first_steps(distances, tolerance, every)
-                own = first_steps(distances, tolerance, every)
-                lead = speedup(sgd, own)
+                    tolerance, sgd, cost_of_sgd = nearest(distances, 0.1), distances, costs[1]
+                lead = speedup(sgd, distances, tolerance)
                 numbers.append({"n": n, "lr": lr, "d": d, "released": released, "method": method,
-                                "tolerance": tolerance, "steps_to": own.tolist(), "sgd_over_this": lead})
+                                "tolerance": tolerance, "sgd_over_this": lead})
                 tick(len(numbers))
                 if method not in CHOOSING:
                     continue
                 text = f"{METHODS[method][0]} before SGD at distance {tolerance:g} to the {name}, {rule}, in "
-                asked_by = "us" if lr < knobs["lr"] else "paper"
+                asked_by = "us" if lr < given else "paper"
                 claims.append(claim(text + "steps", lead, ABOVE_1, form, asked_by))
                 if not released:
                     lead = tuple(cost_of_sgd / costs[1] * x for x in lead)
@@ -247,9 +235,8 @@ FAMILIES = {  # of batches of 8 samples, by B; any three samples meet in one bat
     4: {"fixed disjoint": [[0, 1, 2, 3], [4, 5, 6, 7]], "balanced design": PLANES}}
 
 
-def subsets(knobs: dict):
+def subsets(runs, steps, generator, knobs):
     """Full-batch loss where training on only some of the N choose B batches ends, above the ETF's; N = 8."""
-    runs, steps, _ = setting(knobs, 16, 4000, 8, 1000)
     rng = np.random.default_rng(knobs["seed"])
     figure, axes = canvas(1, 2, 7.2, 2.8, sharey=True)
     claims, numbers = [], []
@@ -266,7 +253,7 @@ def subsets(knobs: dict):
             u, v, _ = start(runs, 8, 16, knobs["seed"])
             for _ in range(steps):
                 descend(u, v, own, knobs["lr"])
-            gaps[name] = (infonce(u, v) - etf_loss(8)).numpy()
+            gaps[name] = (infonce(u, v) - optimum(8, 16)[1]).numpy()
             numbers.append({"batch_size": b, "family": name, "of": every, "gap": gaps[name].tolist()})
             tick(len(gaps))
         band(axis, 100 * np.array(sizes) / every, np.array([gaps[size] for size in sizes]).T, "random subset",
@@ -292,17 +279,14 @@ def subsets(knobs: dict):
     return claims, numbers, figure
 
 
-def histograms(knobs: dict):
+def histograms(runs, epochs, generator, knobs):
     """Losses of mini-batches, random and chosen, along training on random ones."""
-    runs, epochs, generator = setting(knobs, 8, 64, 8, 16)
     n, b, before, stages = 256, 8, 0, []
     u, v, _ = start(runs, n, 32, knobs["seed"])
     for now in sorted({0, max(1, epochs // 16), max(1, epochs // 4), epochs}):
-        steps = (now - before) * (n // b)
-        for batches in itertools.islice(schedule("sgd", u, v, b, 1.0, generator), steps):
+        for batches in itertools.islice(schedule("sgd", u, v, b, 1.0, generator), (now - before) * (n // b)):
             descend(u, v, batches, knobs["lr"])
-        title = f"after {now} epoch{'s' * (now > 1)}" if now else "before training"
-        stages.append((title, list(zip(u.clone(), v.clone()))))
+        stages.append((f"after {now} epochs", list(zip(u.clone(), v.clone()))))
         before = now
     figure, axes = canvas(2, 2, 7.2, 4.2)
     looks = {**METHODS, "refined": ("refined", COLOURS["refined"])}
@@ -333,39 +317,35 @@ def histograms(knobs: dict):
     return claims, numbers, figure
 
 
-def temperature(knobs: dict):
+def temperature(runs, steps, generator, knobs):
     """Does the lead of chosen batches last as temperature and step size fall together? N = 8, B = 2."""
-    runs, steps, generator = setting(knobs, 32, 750, 8, 250)
-    settings = {t: (8, steps, knobs["lr"] * t, t, 1) for t in (1.0, 0.5, 0.2, 0.1)}
+    settings = {t: (8, steps, knobs["lr"] * t, t) for t in (1.0, 0.5, 0.2, 0.1)}
     return lead_against("temperature", settings, CHOOSING, runs, generator, knobs["seed"])
 
 
-def scaling(knobs: dict):
+def scaling(runs, epochs, generator, knobs):
     """Does the lead of chosen batches grow with N? B = 2, d = 2N, k and q fixed parts of N."""
-    runs, epochs, generator = setting(knobs, 8, 60, 4, 20)
-    settings = {n: (n, epochs * n // 2, knobs["lr"], 1.0, max(1, n // 32))
+    settings = {n: (n, epochs * n // 2, knobs["lr"], 1.0)
                 for n in (8, 16, 32, 64, 128, 256)[:4 if knobs["quick"] else 6]}
     return lead_against("N", settings, ("osgd", "spectral"), runs, generator, knobs["seed"])
 
 
-def lead_against(label: str, settings: dict, methods: tuple, runs: int, generator: torch.Generator, seed: int):
-    """How many times the steps of a method SGD takes to the nearest distance that it reaches in all settings.
-
-    settings: the number on the x axis -> N, steps, step size, temperature, steps from a distance to the next.
-    """
+def lead_against(label: str, settings: dict, methods: tuple, runs: int, generator, seed: int):
+    """How many times the steps of a method SGD takes to the nearest distance that it reaches in all settings:
+    the number on the x axis -> N, steps, step size, temperature."""
     curves, tick = {}, progress(label, len(settings), "settings")
-    for i, (x, (n, steps, lr, t, every)) in enumerate(settings.items()):
+    for i, (x, (n, steps, lr, t)) in enumerate(settings.items()):
         for method in ("sgd", *methods):
             u, v, _ = start(runs, n, 2 * n, seed)
-            curves[x, method] = train(method, u, v, 2, steps, lr, generator, t, every) / etf(n).norm()
+            far = train(method, u, v, 2, steps, lr, generator, t, every=max(1, n // 32))
+            curves[x, method] = far / optimum(n, 2 * n)[0].norm()
         tick(i + 1)
     figure, ((axis,),) = canvas(1, 1, 4.8, 3.2)
     claims, numbers, (least, *_, last) = [], [], settings
     tolerance = max(nearest(curves[x, "sgd"], 0.05) for x in settings)
     for method in methods:
         name, colour = METHODS[method]
-        leads = {x: speedup(*(first_steps(curves[x, m], tolerance, settings[x][-1]) for m in ("sgd", method)))
-                 for x in settings}
+        leads = {x: speedup(curves[x, "sgd"], curves[x, method], tolerance) for x in settings}
         numbers += [{label: x, "method": method, "tolerance": tolerance, "sgd_over_this": lead}
                     for x, lead in leads.items()]
         middle, low, high = np.array(list(leads.values())).T
@@ -379,17 +359,23 @@ def lead_against(label: str, settings: dict, methods: tuple, runs: int, generato
     return claims, numbers, figure
 
 
-EXPERIMENTS = {f.__name__: f for f in (toy, angle, optima, convergence, subsets, histograms, temperature,
-                                       scaling)}
+EXPERIMENTS = {  # and seeds, steps (histograms, scaling: epochs); with --quick
+    "toy": (toy, (2000, 5000), (1000, 2000)), "angle": (angle, (1, 1), (1, 1)),
+    "optima": (optima, (8, 1200), (8, 300)), "convergence": (convergence, (32, 1500), (24, 200)),
+    "subsets": (subsets, (16, 4000), (8, 1000)), "histograms": (histograms, (8, 64), (8, 16)),
+    "temperature": (temperature, (32, 750), (8, 250)), "scaling": (scaling, (8, 60), (4, 20))}
 
 
 # ------------------------------------------------------------------------------------------ the command
 def run(name: str, knobs: dict, out: Path) -> None:
     """One experiment: its figures and its record in the folder `out`, its claims on the terminal."""
     began = time.perf_counter()
-    claims, numbers, figure = EXPERIMENTS[name](knobs)
+    experiment, *sizes = EXPERIMENTS[name]
+    runs, steps = sizes[knobs["quick"]]
+    generator = torch.Generator().manual_seed(knobs["seed"])
+    claims, numbers, figure = experiment(knobs["seeds"] or runs, knobs["steps"] or steps, generator, knobs)
     cli.save_figure(figure, out / name)
-    record = {"experiment": name, "about": EXPERIMENTS[name].__doc__, "knobs": knobs,
+    record = {"experiment": name, "about": experiment.__doc__, "knobs": knobs,
               **cli.provenance(torch.device("cpu")), "seconds": time.perf_counter() - began,
               "claims": claims, "numbers": numbers}
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # null for NaN and infinity

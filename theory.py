@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cli import COLOURS, progress
@@ -21,24 +20,13 @@ from samplers import all_batches, random_batches_with_replacement, select_by_los
 
 
 # ------------------------------------------------------------------------------------------ closed forms
-def etf(n: int) -> Tensor:
-    """U V^T [n, n] at the full batch's optimum for d >= n - 1, the simplex equiangular tight frame."""
-    return (n * torch.eye(n, dtype=torch.float64) - 1) / (n - 1)
-
-
-def etf_loss(n: int) -> float:
-    """Full-batch InfoNCE at the ETF."""
-    return 2 * math.log1p((n - 1) * math.exp(-n / (n - 1)))
-
-
-def cross_polytope(n: int) -> Tensor:
-    """U V^T [n, n] at the optimum for d = n / 2: sample i + n / 2 is opposite to i, or in any other order."""
-    return torch.eye(n, dtype=torch.float64) - torch.eye(n, dtype=torch.float64).roll(n // 2, 0)
-
-
-def cross_polytope_loss(n: int) -> float:
-    """Full-batch InfoNCE at the cross-polytope."""
-    return 2 * math.log((math.e + 1 / math.e + n - 2) / math.e)
+def optimum(n: int, d: int) -> tuple[Tensor, float]:
+    """U V^T [n, n] at the full batch's optimum and its InfoNCE: the simplex equiangular tight frame (ETF) for
+    d >= n - 1, a cross-polytope for d = n / 2 (sample i + n / 2 is opposite to i, or in any other order)."""
+    eye = torch.eye(n, dtype=torch.float64)
+    if d >= n - 1:
+        return (n * eye - 1) / (n - 1), 2 * math.log1p((n - 1) * math.exp(-n / (n - 1)))
+    return eye - eye.roll(n // 2, 0), 2 * math.log((math.e + 1 / math.e + n - 2) / math.e)
 
 
 @functools.cache
@@ -67,9 +55,9 @@ def least_matching(cost: Tensor) -> Tensor:
 
 def distance(u: Tensor, v: Tensor) -> Tensor:
     """||U V^T - optimum|| [R]: to the ETF for d >= n - 1, else to the nearest of all cross-polytopes."""
-    s, n = u @ v.mT, u.shape[1]
-    if u.shape[2] >= n - 1:
-        return (s - etf(n)).flatten(1).norm(dim=1)
+    s, (n, d) = u @ v.mT, u.shape[1:]
+    if d >= n - 1:
+        return (s - optimum(n, d)[0]).flatten(1).norm(dim=1)
     # ||S - G||^2 = ||S||^2 - 2 <S, G> + 2n, and <S, G> is the trace of S less the matched entries.
     product = s.diagonal(dim1=1, dim2=2).sum(1) - least_matching(s + s.mT)
     return (s.square().sum((1, 2)) - 2 * product + 2 * n).clamp(min=0).sqrt()
@@ -176,10 +164,7 @@ def evaluations(method: str, n: int, batch_size: int) -> float:
 
 def train(method: str, u: Tensor, v: Tensor, batch_size: int, steps: int, lr: float, generator: Generator,
           temperature: float = 1.0, every: int = 1, lengths: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Distances [R, steps / every + 1] to the optimum along `steps` steps of a method, which change u and v.
-
-    lengths as in descend: the released code's dynamics.
-    """
+    """Distances [R, steps / every + 1] to the optimum along a method's steps, which change u, v, lengths."""
     distances = [distance(u, v)]
     for step, batches in zip(range(1, steps + 1), schedule(method, u, v, batch_size, temperature, generator)):
         descend(u, v, batches, lr, temperature, lengths=lengths)
@@ -204,7 +189,7 @@ def toy_curves(method: str, runs: int, steps: int, lr: float, tolerance: float, 
     batches, path, there = schedule(method, u, v, 2, 1.0, generator), [], torch.zeros(runs, dtype=bool)
     tick = progress(f"toy, {METHODS[method][0]}, at most", steps, "steps")
     for step in range(steps + 1):
-        gap = infonce(u, v) - cross_polytope_loss(4)
+        gap = infonce(u, v) - optimum(4, 2)[1]
         angle = torch.atan2(u[:, 0, 1], u[:, 0, 0]) - torch.atan2(u[:, 1, 1], u[:, 1, 0])
         path.append(torch.stack([angle.rad2deg() % 360 / 2, gap]))
         there |= gap <= tolerance
@@ -226,11 +211,8 @@ def interval(samples, statistic=np.mean) -> tuple[float, float, float]:
 
 
 def claim(text: str, measured, allowed: tuple[float, float], form: str, asked_by: str = "paper") -> dict:
-    """A claim, what was measured, and whether its interval lies in the allowed range, outside, or neither.
-
-    measured: samples [R], for their mean and its interval; (value, low, high); or a number that is certain.
-    form: the closed form or bound, in words. asked_by: "paper" for what the paper claims, else "us".
-    """
+    """Whether the interval of what was measured lies in the allowed range, outside, or neither; measured:
+    samples [R], for their mean; (value, low, high); or a number that is certain. form: the bound in words."""
     if isinstance(measured, np.ndarray):
         measured = interval(measured)
     value, low, high = measured if isinstance(measured, tuple) else (measured,) * 3
@@ -253,10 +235,10 @@ def digits(x: float, places: int = 3) -> str:
     return f"{x:.{places}g}" if math.isfinite(x) else "–"
 
 
-def first_steps(distances: Tensor, tolerance: float, every: int = 1) -> np.ndarray:
-    """Steps [R] to the first distance [R, T] within the tolerance; infinity where there is none."""
+def first_steps(distances: Tensor, tolerance: float) -> np.ndarray:
+    """The first place [R] in [R, T] within the tolerance; infinity where there is none."""
     there = distances <= tolerance
-    return torch.where(there.any(1), there.int().argmax(1).double() * every, torch.inf).numpy()
+    return torch.where(there.any(1), there.int().argmax(1).double(), torch.inf).numpy()
 
 
 def nearest(distances: Tensor, grid: float) -> float:
@@ -265,8 +247,8 @@ def nearest(distances: Tensor, grid: float) -> float:
     return round(grid * math.ceil(float(np.quantile(distances.min(1).values, 0.75)) / grid), 9)
 
 
-def speedup(sgd: np.ndarray, own: np.ndarray) -> tuple[float, float, float]:
-    """SGD's median of steps [R] over a method's, with its interval. Infinite if only the method arrives, 0 if
-    only SGD does, NaN if neither does."""
-    return interval(np.stack([sgd, own], 1),
+def speedup(sgd: Tensor, own: Tensor, tolerance: float) -> tuple[float, float, float]:
+    """SGD's median of steps to the tolerance over a method's, of distances [R, T], with its interval.
+    Infinite if only the method arrives, 0 if only SGD does, NaN if neither does."""
+    return interval(np.stack([first_steps(x, tolerance) for x in (sgd, own)], 1),
                     lambda x, axis: np.divide(*np.moveaxis(np.median(x, axis), -1, 0)))

@@ -328,18 +328,19 @@ def test_inference_mode_and_a_default_type_and_numpy_settings_change_nothing(met
     words = METHODS[method]
     expected = train(make(method, seed=3, temperature=0.125, ahead=ahead, **words), 70)
     numbers = {name: np.int64(x) for name, x in words.items()} | {"ahead": np.bool_(ahead)}
-    for before in torch.inference_mode(), torch.no_grad():
-        with before:
-            sampler = ContrastiveBatchSampler(
-                np.int64(N), np.int32(B), method, seed=np.int64(3), temperature=np.float32(0.125),
-                rank=np.int64(0), world_size=np.uint8(1), random_epochs=np.int64(0), embed_size=np.int16(9),
-                refine=np.bool_(True), lowest=np.bool_(False), **numbers)
-            sampler.set_epoch(np.int64(0))
-            rows = train(sampler, 40)
-            state = saved(sampler)  # what weights_only takes
-            sampler.load_state_dict(state)
-        torch.set_default_dtype(torch.float64)
+    for dtype in torch.float32, torch.float64:
+        torch.set_default_dtype(dtype)
         try:
+            with torch.inference_mode():
+                sampler = ContrastiveBatchSampler(
+                    np.int64(N), np.int32(B), method, seed=np.int64(3), temperature=np.float32(0.125),
+                    rank=np.int64(0), world_size=np.uint8(1), random_epochs=np.int8(0), embed_size=np.int8(9),
+                    refine=np.bool_(True), lowest=np.bool_(False), **numbers)
+                sampler.set_epoch(np.int64(0))
+                rows = train(sampler, 30)
+            rows += train(sampler, 10)
+            with torch.inference_mode():
+                sampler.load_state_dict(saved(sampler))  # what weights_only takes
             assert rows + train(sampler, 30) == expected
         finally:
             torch.set_default_dtype(torch.float32)

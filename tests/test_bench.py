@@ -54,15 +54,13 @@ def test_short_run_gives_views_of_its_images_by_its_network(monkeypatch):
     assert bench.embed_short_run(48, torch.device("cpu"))[0].mean() < u.mean() - 1
 
 
-made = []
-
-
 class SmallStep:
     """What bench.py asks of train.py's step, of three operations."""
+    made = []
     def __init__(self, knobs: dict, images: torch.Tensor, device: torch.device):
         self.knobs, self.images, self.x, self.place = knobs, images, torch.zeros(2), torch.zeros(1)
         self.model = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
-        made.append(self)
+        self.made.append(self)
 
     def __call__(self, rows: torch.Tensor, uniform: torch.Tensor, lr: float) -> None:
         self.given = rows, uniform
@@ -71,11 +69,12 @@ class SmallStep:
 
 def test_step_says_time_and_arithmetic(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Step", SmallStep)
-    monkeypatch.setattr(bench, "seconds", lambda *x, **_: [made[-1].knobs["batch_size"] / 64] * len(x))
+    monkeypatch.setattr(
+        bench, "seconds", lambda *x, **_: [SmallStep.made[-1].knobs["batch_size"] / 64] * len(x))
     bench.main(["step", "--out", str(tmp_path / "step.json")])
     record = json.loads((tmp_path / "step.json").read_text())
     assert [(x["pixels"], x["B"]) for x in record["steps"]] == [(32, 32), (32, 128), (64, 32), (64, 128)]
-    for row, small in zip(record["steps"], made):
+    for row, small in zip(record["steps"], SmallStep.made):
         B, (rows, uniform) = row["B"], small.given
         assert small.knobs["image_size"] == row["pixels"] and small.knobs["step"] == "eager"
         assert rows.unique().numel() == B and rows.max() < len(small.images)
@@ -85,9 +84,9 @@ def test_step_says_time_and_arithmetic(tmp_path, monkeypatch):
         assert row["TFLOP/s"] == pytest.approx(2 * forward / (B / 64) / 1e12)
         assert row["product_TFLOP/s"] == pytest.approx(2 * 2048**3 / (B / 64) / 1e12)
         assert row["of_product"] == pytest.approx(forward / 2048**3)
-    # Six times 100 epochs of 1,562 and of 3,125 steps.
     assert record["paper_hours"]["eager"] == {"own size": pytest.approx(600 * 4687 * 0.5 / 3600)}
-    assert bench.paper_hours({224: 10.0}) == {"224 px": pytest.approx(600 * 4687 * 10 / 3.6e6)}
+    hours = bench.paper_hours({32: 1.0, 64: 2.0, 224: 10.0})  # six times 100 epochs of 1,562 and 3,125 steps
+    assert hours == pytest.approx({"224 px": 600 * 46870 / 3.6e6, "own size": 600 * (1562 + 6250) / 3.6e6})
 
 
 def test_functions_take_turns_and_peak_is_what_was_added():
@@ -118,7 +117,7 @@ def test_bad_embeddings_are_one_line(arrays, words, tmp_path):
     (["samplers", "--embeddings", "nowhere.npz"], ["nowhere.npz", "No such file"]),
     (["samplers", "--against", "nowhere.py"], ["nowhere.py"]),
     (["samplers", "--against", bench.cli.__file__], ["no spectral_batches"]),
-    (["samplers", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
+    (["step", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
     (["step", "--image-size", "4"], ["--image-size 4", ">= 8"]), (["speed"], ["speed", "samplers"])])
 def test_bad_input_is_one_line(argv, words):
     with pytest.raises(Stop) as stop:

@@ -13,7 +13,7 @@ import train
 from augment import augment
 from lars import LARS
 from model import ContrastiveModel, SogCLRLoss, nt_xent
-from test_train import PROCESSES, checkpoint, child, equal, finish, leaves, refusal, start, text, wait_for
+from test_train import PROCESSES, checkpoint, child, equal, finish, refusal, start, text, wait_for
 
 
 def few(leaves, out, *flags):

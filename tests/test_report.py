@@ -27,7 +27,7 @@ def row(group, difference, interval, verdict, seeds=3):
 EVALUATION = {**MADE, "dataset": "deadleaves", "baseline": "random", "two views": [
     row("osgd", -0.02, [-0.03, -0.01], "worse"), row("random", None, None, "baseline"),
     row("refined", 0.031, [0.011, 0.052], "better"), row("spectral", 0.01, [-0.01, 0.03], "not settled")],
-    "cost": [{"group": "osgd", "steps_ratio": None, "steps_ratio_interval": [0.97, None], "gain": 0.01,
+    "cost": [{"group": "osgd", "images_ratio": None, "images_ratio_interval": [0.97, None], "gain": 0.01,
               "gain_interval": [-0.01, 0.0345]}]}
 
 
@@ -70,7 +70,7 @@ def test_the_first_screen(full):
     text, rows, _ = read(full)
     parts = ["Your runs on generated images: after random batches 43.2 % of 1,000 images find their other "
              "view first (R@1), 43.2 % after osgd, 43.2 % after refined, 43.2 % after spectral ones (3",
-             "your runs, by steps", "What holds", "Four points in the plane, on", "All of it"]
+             "your runs, by images seen", "What holds", "Four points in the plane, on", "All of it"]
     assert sorted(parts, key=text.index) == parts
     first = rows[:next(i for i, cells in enumerate(rows) if cells[0] == "group")]
     assert first[1] == ["What the paper claims"] and len(first) == 3 + 10

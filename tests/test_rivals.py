@@ -66,7 +66,6 @@ def test_bad_input_is_refused(name):
     (u, v), call = views(20), RIVALS[name]
     bad = v.clone()
     bad[3, 1], bad[5, 1] = math.nan, math.inf
-    call(u, v, 4)
     refused(lambda: call(u, v[:19], 20), "(20, 16)", "(19, 16)", "one shape")
     refused(lambda: call(u, bad, 4), "v has 2 of 20 rows", "NaN")
     for B in (1, 21):
@@ -131,7 +130,7 @@ def test_b3(monkeypatch):
     expected = {(i, j) for i in range(192) for j in ranked[i] if i in ranked[j]}
     assert set(given) == expected and len(given) == len(expected) > 100
     assert (b.view(6, 32) % 32 == torch.arange(32)).all()  # batches are unions of communities
-    assert not torch.equal(b.flatten(), torch.arange(192))  # in a random order
+    assert not torch.equal(b[:, 32], b[:, 0] + 32)  # of random ones
 
 
 def test_partition_of_points_in_a_square():
@@ -140,7 +139,6 @@ def test_partition_of_points_in_a_square():
     row, col = near.fill_diagonal_(False).nonzero(as_tuple=True)
     part = torch.empty(4096, dtype=torch.int64)
     part[rivals._partition(row, col, 4096, 16, seeded())] = torch.arange(256)[:, None]
-    # To beat: sixteen columns of 256 points, each cut into sixteen cells of 16.
-    column = x.argsort().argsort() // 256
+    column = x.argsort().argsort() // 256  # to beat: columns, each cut in cells
     cell = (2 * column + y).argsort().argsort() // 16
     assert (part[row] == part[col]).float().mean() > 1.04 * (cell[row] == cell[col]).float().mean()

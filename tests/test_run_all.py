@@ -117,7 +117,9 @@ def test_fresh_moves_away_and_starts_over(repo):
 
 def test_quick_results_are_no_full_ones(repo):
     program(repo / "examples/code_search.py", "")
-    assert run(repo, "synthetic", "examples")[3][-1] == "examples/code_search.py"
+    calls = run(repo, "synthetic", "examples")[3]
+    assert calls[-3] == "-m pip install -q -r requirements-examples.txt"
+    assert set(calls[-2:]) == {"examples/code_search.py", "-m pytest -q examples"}
     assert listed(repo, "--full", "synthetic") == [
         f"synthetic.py --experiment {name} --out results/synthetic"
         for name in EXPERIMENTS + ["temperature", "scaling"]]
@@ -228,7 +230,7 @@ def test_setup_and_a_setup_that_fails(repo):
     (repo / ".venv/bin/python").symlink_to("/no/such/python")  # of a Python that is gone
     code, _, error, calls = run(repo, "setup", PIP_USER="1", PIP_TARGET="/elsewhere", **mine)
     assert code == 0 and not error and calls == [
-        "-m venv .venv", "-m pip install torch==2.14.1+cpu torchvision==0.29.1+cpu",
+        "-m venv .venv", "-m pip install -q torch==2.14.1+cpu torchvision==0.29.1+cpu",
         "-m pip install -r requirements.txt"]
     assert {line.split()[-1] for line in (repo / "devices").read_text().splitlines()} == {"0"}
     assert not run(repo, "setup", **mine)[3]

@@ -54,6 +54,19 @@ def test_what_was_fetched_and_not_trained_on_comes_again(method):
     refused(lambda: make(method).state_dict(behind=1), "behind is 1", "0 to 0")
 
 
+def test_a_resumed_run_keeps_what_was_embedded_at_once():
+    calls = []
+
+    def build():
+        return make(k=10, at_once=True, embed=lambda rows: calls.append(rows) or lookup(rows))
+    whole, first, again = train(build(), 60), build(), build()
+    calls.clear()
+    train(first, 13)
+    again.load_state_dict(saved(first))
+    assert train(again, 17) == whole[13:30] and len(calls) == 1
+    assert train(again, 30) == whole[30:] and len(calls) == 2
+
+
 def test_a_state_is_a_copy():
     sampler = make(k=10)
     train(sampler, 30)
@@ -147,9 +160,12 @@ def two_processes(rank: int, folder: str) -> None:
 
     def embed(rows):
         return tuple(x[rows % N] + 0.5 * torch.randn(len(rows), 32, generator=noise) for x in (U, V))
+
+    def drawn(u, v, batch_size, k, temperature, generator):
+        return spectral_batches(u, v, batch_size, k, temperature, noise)
     given = {}
     for name, words in WAYS.items():
-        words = words | ({"embed": embed} if "embed" in words else {})
+        words = {key: {"embed": embed, "drawn": drawn}.get(value, value) for key, value in words.items()}
         for every, place in (1, {"rank": rank, "world_size": 2}), (2, {}):  # dealt out by us, and by the loop
             sampler = ContrastiveBatchSampler(N + 8, B, k=7, **words, **place)  # 31 batches: one is left over
             given[name, every] = deal(sampler, rank, every), sampler.uv, sampler.state_dict()["rest"]
@@ -158,8 +174,9 @@ def two_processes(rank: int, folder: str) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
-WAYS = {"free": {}, "ahead": {"ahead": True}, "osgd": {"method": "osgd", "q": 3}, "fresh": {"embed": 1},
-        "at once": {"embed": 1, "at_once": True}, "fresh osgd": {"method": "osgd", "q": 3, "embed": 1}}
+WAYS = {"free": {}, "ahead": {"ahead": True}, "osgd": {"method": "osgd", "q": 3}, "fresh": {"embed": "embed"},
+        "at once": {"embed": "embed", "at_once": True}, "drawn": {"method": "drawn"},
+        "fresh osgd": {"method": "osgd", "q": 3, "embed": "embed"}}
 
 
 def test_two_processes_choose_the_same_batches_and_share_embeddings(tmp_path):
@@ -177,7 +194,7 @@ def test_two_processes_choose_the_same_batches_and_share_embeddings(tmp_path):
             assert len({tuple(x) for x in batches}) == 30  # rank 0's, and none is given to both
         last = [[row % N for row in x] for x in ours[2] + theirs[2]]
         assert hardness(last) > (0.7 if "osgd" in name else 1.3)
-    assert sum(uv is not None for _, uv, _ in first.values()) == 8
+    assert sum(uv is not None for _, uv, _ in first.values()) == 10
 
 
 def test_a_state_of_another_sampler_is_refused():

@@ -16,18 +16,8 @@ import torch
 from PIL import Image
 
 import cli
-import data
 import runfolder
 import train
-
-
-@pytest.fixture(scope="session")
-def leaves(tmp_path_factory):
-    """Data folder with the generated images' cache."""
-    folder = str(tmp_path_factory.mktemp("data"))
-    for split, number in (("train", 40), ("train", 2048), ("val", 64), ("val", 1000)):
-        data.load("deadleaves", split, folder, num_images=number)
-    return folder
 
 
 def quick(leaves, out, *flags):
