@@ -477,13 +477,11 @@ class ContrastiveBatchSampler(BatchSampler):
         if not by_loss and not spectral and method != "random" and not callable(method):
             raise ValueError(f"method is {method!r}; give 'spectral', 'osgd', 'osgd-replacement', "
                              "'random' or a function")
-        for name, given, used in (("q", q is not None, by_loss), ("lowest", lowest, by_loss),
-                                  ("exclude", exclude is not None, spectral),
-                                  ("ceiling", ceiling is not None, spectral),
-                                  ("at_once", at_once, embed is not None)):
-            if given and not used:
-                raise ValueError(f"{name} is given, of no use to method {method!r}"
-                                 f"{' without embed' * (embed is None)}; leave it out")
+        if not (by_loss or q is None and not lowest) or not (spectral or exclude is None and ceiling is None):
+            raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; q and lowest are for 'osgd' and "
+                             "'osgd-replacement', exclude and ceiling for 'spectral'")
+        if at_once and embed is None:
+            raise ValueError("at_once is given and embed is not; give both, or neither")
         q = max(1, k // 10) if q is None else _integer("q", q)
         two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
         select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature, loss=loss)
