@@ -108,20 +108,6 @@ def test_batch_losses_gradients():
     assert (gradient[[3, 4, 5]] == 0).all() and (gradient[[0, 1, 2, 6, 7]].norm(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("loss", ["nt_xent", "dcl"])
-@pytest.mark.parametrize("temperature", [0.1, 0.02])
-def test_batch_losses_looked_up_equal_those_one_by_one(temperature, loss):
-    u, v = (x.requires_grad_() for x in views(9, 5))
-    batches = all_batches(9, 4)  # 126: every pair of samples is in 21 of them
-    both = []
-    for losses in (batch_losses(u, v, batches, temperature, loss),
-                   torch.cat([batch_losses(u, v, b[None], temperature, loss) for b in batches])):
-        both.append((losses, *torch.autograd.grad(losses.square().sum(), (u, v))))
-    for looked_up, product in zip(*both):
-        torch.testing.assert_close(looked_up, product, rtol=1e-10, atol=1e-10)
-    refused(lambda: batch_losses(u, v, batches + 9), "from 9 to 17", "0 to 8")  # rows of the other view
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_autocast(dtype):
     u, v = (x.to(dtype) for x in views(64))
@@ -229,14 +215,6 @@ def test_osgd_with_replacement(lowest):
     expected = batch_losses(u, v, drawn, 0.2).sort()[0]
     torch.testing.assert_close(batch_losses(u, v, b, 0.2), expected[:6] if lowest else expected[-6:])
     assert {tuple(r) for r in b.tolist()} <= {tuple(r) for r in drawn.tolist()}
-
-
-@pytest.mark.parametrize("lowest", [False, True])
-def test_select_by_loss_among_all_batches(lowest):
-    u, v = views(7)
-    chosen = select_by_loss(u, v, all_batches(7, 3), 4, 0.2, lowest)
-    ranked = sorted(itertools.combinations(range(7), 3), key=lambda b: by_loops(u[[*b]], v[[*b]], 0.2))
-    assert chosen.tolist() == [list(b) for b in (ranked[:4] if lowest else ranked[-4:])]
 
 
 # ---------------------------------------------------------------------------- spectral
@@ -455,7 +433,7 @@ def test_bad_batch_sizes_are_refused(B):
                  lambda: osgd_batches_with_replacement(U, V, B, 1, 1), lambda: spectral_batches(U, V, B, 1)):
         refused(call, f"batch_size is {B} with 20 samples", "from 2 to 20")
     if B < 2:
-        refused(lambda: spectral_affinity(U, V, B), f"batch_size is {B}", "2 or more")
+        refused(lambda: spectral_affinity(U, V, B), f"batch_size is {B}", "from 2")
 
 
 W, BIG, PAIRS = spectral_affinity(U, V, 4), views(1040), torch.arange(20) // 2
@@ -466,26 +444,19 @@ OTHERS = [
     *((lambda call=call, q=q: call(q), f"q is {q} with k = 2", "from 1 to 2") for q in (3, 0) for call in (
         lambda q: osgd_batches(U, V, 4, 2, q), lambda q: osgd_batches_with_replacement(U, V, 4, 2, q),
         lambda q: select_by_loss(U, V, ROWS[:2], q))),
-    (lambda: osgd_batches_with_replacement(U, V, 4, 0, 1), "k is 0", "1 or more"),
-    (lambda: SPECTRAL(refine=True, exclude=PAIRS[:7]), "exclude is (7,)", "one integer for each sample"),
+    (lambda: osgd_batches_with_replacement(U, V, 4, 0, 1), "k is 0", "from 1"),
+    (lambda: SPECTRAL(refine=True, exclude=PAIRS[:7]), "exclude is (7,)", "20 integers"),
     (lambda: SPECTRAL(exclude=PAIRS), "refine False", "refine=True"),
-    (lambda: spectral_batches(*BIG, 8, 130, 0.1, None, True, range(1040)), "of 1040 samples", "at most 128"),
+    (lambda: spectral_batches(*BIG, 8, 130, 0.1, None, True, range(1040)), "k 130", "at most 128"),
     *((lambda x=x: SPECTRAL(ceiling=x), f"ceiling is {x}", "0.999") for x in (0, 1.5, math.nan)),
-    (lambda: batch_losses(U, V, ROWS.numpy()), "batches is of type ndarray", "int64 tensor"),
+    (lambda: batch_losses(U, V, ROWS.numpy()), "batches is of type ndarray", "int64"),
     (lambda: batch_losses(U, V, ROWS, loss="clip"), "loss is 'clip'", "infonce"),
-    (lambda: batch_losses(U, V, ROWS[:, :1]), "(5, 1)", "B >= 2"),
-    (lambda: select_by_loss(U, V, ROWS[0], 1), "(4,)", "[k, B]"),
     (lambda: osgd_batches(U, V, 4., 5, 2), "batch_size is 4.0", "an integer"),
     (lambda: osgd_batches(U, V, 4, 5, "2"), "q is '2'", "an integer"),
     (lambda: spectral_batches(U, V, 4, None), "k is None", "an integer"),
     (lambda: random_batches([1, 2, 3], 2), "number of samples is [1, 2, 3]", "an integer"),
-    (lambda: random_batches_with_replacement(0, 20, 4), "m is 0", "1 or more"),
+    (lambda: random_batches_with_replacement(0, 20, 4), "m is 0", "from 1"),
     (lambda: all_batches(100, 10), str(math.comb(100, 10)), str(2 ** 27 // 10), "smaller n"),
-    (lambda: refine_by_weight(W, ROWS.tolist()), "batches is of type list", "int64 tensor"),
-    (lambda: refine_by_weight(W, ROWS.repeat(2, 1)), "(10, 4)", "at most 20 in all"),
-    (lambda: refine_by_weight(W, ROWS.clamp(max=18)), "twice"),
-    (lambda: refine_by_weight(W[:, :19], ROWS), "w is (20, 19)", "[n, n]"),
-    (lambda: refine_by_weight(W.long(), ROWS), "int64", "floating-point"),
     *((lambda call=call, rows=rows: call(rows), *parts)
       for call in (functools.partial(batch_losses, U, V), functools.partial(refine_by_weight, W))
       for rows, *parts in ((ROWS[0], "(4,)", "[m, B]"), (ROWS.float(), "float32", "int64"),

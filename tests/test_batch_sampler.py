@@ -123,17 +123,6 @@ def test_a_new_iteration_gives_the_next_epoch(how, workers):
         assert torch.as_tensor(next(iter(loader))).tolist() == whole[30]
 
 
-def test_passes_broken_off_see_as_many_samples_as_a_shuffled_loader():
-    sampler, u = ContrastiveBatchSampler(256, B, k=10), torch.randn(256, 8, generator=seeded())
-    loader = DataLoader(torch.arange(256), B, shuffle=True, generator=seeded())
-    seen = [set(), set()]
-    for _, (i, batches) in itertools.product(range(4), enumerate((sampler, loader))):
-        for rows in itertools.islice(batches, 5):
-            seen[i] |= {int(row) for row in rows}
-            sampler.update(torch.as_tensor(rows), u[rows], u[rows])
-    assert len(seen[0]) >= 0.9 * len(seen[1])
-
-
 def test_a_loaded_position_and_a_set_epoch_hold_once():
     whole, sampler = train(make(k=10), 120), make(k=10)
     train(sampler, 47)
@@ -354,7 +343,7 @@ def test_bad_arguments_are_refused():
     for words, *parts in [
         *(({"batch_size": x}, f"batch_size is {x} with 20 samples", "from 2 to 20") for x in (1, 21)),
         *(({"k": k}, f"k is {k} with 20 samples in batches of 4", "from 1 to 5") for k in (0, 6)),
-        ({"method": "osgd-replacement", "k": 0}, "k is 0", "1 or more"),
+        ({"method": "osgd-replacement", "k": 0}, "k is 0", "from 1"),
         ({"method": "hard"}, "method is 'hard'", "'spectral'", "'osgd'"),
         *(({"method": x, "q": 2}, f"'{x}', q 2", "'osgd'") for x in ("spectral", "random")),
         ({"lowest": True}, "'spectral'", "lowest True", "'osgd'"),
@@ -363,19 +352,19 @@ def test_bad_arguments_are_refused():
         ({"num_samples": 20.}, "number of samples is 20.0", "an integer"),
         *(({name: 8.5}, f"{name} is 8.5", "an integer") for name in ("k", "seed", "embed_size")),
         ({"seed": None}, "seed is None", "an integer"),
-        ({"embed_size": 0}, "embed_size is 0", "1 or more"),
+        ({"embed_size": 0}, "embed_size is 0", "from 1"),
         ({"loss": "clip"}, "loss is 'clip'", "infonce"),
         ({"at_once": True}, "at_once is given and embed is not"),
-        ({"exclude": pairs[:7]}, "exclude is (7,)", "for 20 samples", "one integer for each"),
-        ({"exclude": pairs.view(10, 2)}, "exclude is (10, 2)", "one integer for each"),
-        ({"exclude": pairs.float()}, "torch.float32", "one integer for each sample"),
-        ({"exclude": ["cat"] * 20}, "something else than numbers", "one integer for each", "return_inverse"),
-        ({"exclude": range(1040), "num_samples": 1040, "batch_size": 8, "k": 130}, "of 1040 sam", "most 128"),
+        ({"exclude": pairs[:7]}, "exclude is (7,)", "20 integers"),
+        ({"exclude": pairs.view(10, 2)}, "exclude is (10, 2)", "20 integers"),
+        ({"exclude": pairs.float()}, "torch.float32", "20 integers"),
+        ({"exclude": ["cat"] * 20}, "<U3", "return_inverse"),
+        ({"exclude": range(1040), "num_samples": 1040, "batch_size": 8, "k": 130}, "k 130", "most 128"),
         ({"exclude": pairs, "refine": False}, "refine False", "refine=True"),
         *(({"ceiling": x}, f"ceiling is {x}", "0.999") for x in (0, 1.5)),
-        *(({"method": x, "exclude": pairs}, repr(x), "neither exclude nor") for x in ("osgd", "random")),
-        *(({"rank": r, "world_size": w}, f"rank is {r} of {w}", "<= 5")
-          for r, w in ((2, 2), (-1, 2), (0, 0), (0, 6))),
+        *(({"method": x, "exclude": pairs}, repr(x), "exclude and ceiling for") for x in ("osgd", "random")),
+        *(({"rank": r, "world_size": 2}, f"rank is {r}", "from 0 to 1") for r in (2, -1)),
+        *(({"world_size": w}, f"world_size is {w}", "from 1 to 5") for w in (0, 6)),
     ]:
         refused(lambda: ContrastiveBatchSampler(**{"num_samples": 20, "batch_size": 4} | words), *parts)
     assert [ContrastiveBatchSampler(n, 4).k for n in (20, 500)] == [5, 40]
