@@ -87,7 +87,7 @@ def folder_source(path: Path, split: str):
             held = {name for name in folders if zlib.crc32(os.fsencode(name)) % 10 == 0} or {*[*folders][:1]}
             chosen = [name for name in folders if (name in held) == (split == "val")]
         left = len(files) - len(folders)
-        if left and split == "train":  # once
+        if left and folders and split == "train":  # once
             cli.say(f"{path}: {left:,} files left out, not read by Pillow or in no split", sys.stderr)
         classes = np.unique(["".join(folder[:1]) for folder in folders.values()], return_inverse=True)[1]
         label = dict(zip(folders, classes.tolist()))

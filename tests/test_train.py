@@ -38,6 +38,7 @@ PROCESSES.set_forkserver_preload(["train", "torch.utils.tensorboard", "test_trai
 
 def child(argv, output, prepare=None, *arguments):
     """A run of train.py whose output goes into a file; prepare(*arguments) is called before it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
     torch.set_num_threads(1)
     train.VALIDATION_IMAGES = 64  # most of these runs' time otherwise
     os.fsync = lambda _: None  # a killed process loses nothing that it wrote, and disks take most of the time
