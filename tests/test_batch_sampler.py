@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from samplers import ContrastiveBatchSampler, batch_losses, osgd_batches_with_replacement, spectral_batches
 from test_samplers import clustered, refused, seeded
