@@ -70,7 +70,9 @@ def _check(u: Tensor, v: Tensor, temperature: float, read: bool | None = None) -
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; give a number > 0, for instance 0.1")
     for name, x in (("u", u), ("v", v)) if read or read is None and u.device.type == "cpu" else ():
-        if count := int((~x.isfinite()).any(1).sum()):
+        # The sum, twenty times as fast, first; it may also overflow, so the rows decide.
+        total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
+        if not total.isfinite() and (count := int((~x.isfinite()).any(1).sum())):
             raise ValueError(f"{name} has {count} of {len(x)} rows with NaN or infinity; drop them, or see "
                              "why the encoder made them (a learning rate too high, half-precision overflow)")
 
