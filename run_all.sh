@@ -35,12 +35,13 @@ data=${DATA_DIR:-data} base=${PYTHON:-python3} python=${RUN_PYTHON:-.venv/bin/py
 
 setup() {
   [[ $PWD != *:* ]] || fail "Python makes no .venv in a path with a colon: rename a folder of $PWD"
+  echo "== setup: packages into .venv, some minutes"
   rm -f .venv/complete .venv/bin/python .venv/bin/python3  # it may be of another Python
   "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" && "$base" -m venv .venv || fail \
     "$base is not Python 3.10 or newer with venv; install python3-venv, or name one: PYTHON=python3.12"
   nvidia-smi -L >/dev/null 2>&1 ||  # the CPU builds are several GB smaller; not every index has them
     $python -m pip install -q torch==2.14.1+cpu torchvision==0.29.1+cpu 2>/dev/null
-  $python -m pip install -r requirements.txt || fail "no packages, for the reason above; the same tries again"
+  $python -m pip install -q -r requirements.txt || fail "no packages, for the reason above; the same tries again"
   cp requirements.txt .venv/complete  # last: a half-made .venv is never used
 }
 

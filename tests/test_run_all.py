@@ -231,12 +231,12 @@ def test_setup_and_a_setup_that_fails(repo):
     code, _, error, calls = run(repo, "setup", PIP_USER="1", PIP_TARGET="/elsewhere", **mine)
     assert code == 0 and not error and calls == [
         "-m venv .venv", "-m pip install -q torch==2.14.1+cpu torchvision==0.29.1+cpu",
-        "-m pip install -r requirements.txt"]
+        "-m pip install -q -r requirements.txt"]
     assert {line.split()[-1] for line in (repo / "devices").read_text().splitlines()} == {"0"}
     assert not run(repo, "setup", **mine)[3]
     program(repo / "nvidia-smi", "#!/bin/sh\necho GPU 0: one\n")
     (repo / "requirements.txt").write_text("torch\nnumpy\n")
-    assert run(repo, "setup", **mine)[3] == ["-m venv .venv", "-m pip install -r requirements.txt"]
+    assert run(repo, "setup", **mine)[3] == ["-m venv .venv", "-m pip install -q -r requirements.txt"]
 
 
 def test_no_venv_can_be_made(repo):
