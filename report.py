@@ -145,7 +145,7 @@ def build(results: Path, runs: Path) -> str:
         "<h2>All of it</h2>", *(detail(record, path) for path, record in records.items()),
         fold("runs", table(ended, "run R1 R5 step seconds_training seconds_selecting")),
         fold("what made these numbers", table(sources, "file command time commit device")),
-        f"<p>Not there yet; bash run_all.sh makes it: {text(missing or 'nothing')}</p></body></html>\n"])
+        f"<p>Not there yet; bash run_all.sh makes it, of the last experiments with --full: {text(missing or 'nothing')}</p></body></html>\n"])
 
 
 def main(argv: list[str]) -> None:
