@@ -139,13 +139,14 @@ def build(results: Path, runs: Path) -> str:
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
         f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{text(sentence)}</p>",
-        figure(curve, f"R@1 along training, {'your' if own else 'recorded'} runs, by images seen and by seconds"),
+        figure(curve, f"R@1 along training, {'your' if own else 'recorded'} runs, by images seen, by seconds"),
         "<h2>What holds, with 95 % intervals</h2>", table(rows, "verdict claim measured"),
         figure(results / "synthetic/toy.png", "Four points in the plane, on their way to the optimum"),
         "<h2>All of it</h2>", *(detail(record, path) for path, record in records.items()),
         fold("runs", table(ended, "run R1 R5 step seconds_training seconds_selecting")),
         fold("what made these numbers", table(sources, "file command time commit device")),
-        f"<p>Not there yet; bash run_all.sh makes it, of the last experiments with --full: {text(missing or 'nothing')}</p></body></html>\n"])
+        f"<p>Not there yet: {text(missing or 'nothing')}; bash run_all.sh makes it (temperature and scaling: "
+        "with --full)</p></body></html>\n"])
 
 
 def main(argv: list[str]) -> None:

@@ -91,7 +91,7 @@ def test_all_of_it_is_there(full):
                      ["quick-refined", "47.8", "87.6", "640", "41", "7,300"],
                      [str(full[0] / "samplers.json"), *MADE.values()]):
         assert expected in rows, expected
-    assert pictures == 2 + 1 + 8 and "Not there yet; bash run_all.sh makes it: nothing" in words
+    assert pictures == 2 + 1 + 8 and "Not there yet: nothing; bash run_all.sh" in words
 
 
 def test_one_seed_settles_nothing_and_the_newest_evaluation_leads(full):
