@@ -139,7 +139,7 @@ def build(results: Path, runs: Path) -> str:
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
         f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{text(sentence)}</p>",
-        figure(curve, f"R@1 along training, {'your' if own else 'recorded'} runs, by images seen, by seconds"),
+        figure(curve, f"R@1 along training, {'your' if own else 'recorded'} runs: images, seconds"),
         "<h2>What holds, with 95 % intervals</h2>", table(rows, "verdict claim measured"),
         figure(results / "synthetic/toy.png", "Four points in the plane, on their way to the optimum"),
         "<h2>All of it</h2>", *(detail(record, path) for path, record in records.items()),

@@ -70,7 +70,7 @@ def test_the_first_screen(full):
     text, rows, _ = read(full)
     parts = ["Your runs on generated images: after random batches 43.2 % of 1,000 images find their other "
              "view first (R@1), 43.2 % after osgd, 43.2 % after refined, 43.2 % after spectral ones (3",
-             "your runs, by images seen", "What holds", "Four points in the plane, on", "All of it"]
+             "your runs: images, seconds", "What holds", "Four points in the plane, on", "All of it"]
     assert sorted(parts, key=text.index) == parts
     first = rows[:next(i for i, cells in enumerate(rows) if cells[0] == "group")]
     assert first[1] == ["What the paper claims"] and len(first) == 3 + 10
@@ -113,4 +113,4 @@ def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "results/report.html\n"
     words = (tmp_path / "results/report.html").read_text()
     assert "None of your runs has been trained and evaluated yet: bash run_all.sh does it." in words
-    assert "makes it: results/samplers.json, results/synthetic/toy.json, " in words and "recorded" in words
+    assert "Not there yet: results/samplers.json, results/synthetic/toy.json, " in words and "recorded" in words
