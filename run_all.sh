@@ -2,7 +2,8 @@
 # bash run_all.sh [OPTION ...] [STAGE ...]: makes every number and figure, and results/report.html of them.
 # Stages: setup (.venv) test synthetic train retrieval bench report examples; without any, all but test and
 # examples.  Results: results/synthetic/, runs/, results/quick/ or results/DATASET/, results/samplers.json.
-#   --full      the paper's twelve runs (the default where there are a CUDA GPU and one of their data sets)
+#   --full      the paper's twelve runs and four with our spectral batches, on embeddings taken as its authors
+#               did (the default where there are a CUDA GPU and one of the data sets)
 #   --quick     the same on generated images, small: ten minutes on two cores (the default elsewhere)
 #   --own-size  with --full: views of the images' own size, 32 or 64 pixels, instead of 224
 #   --fresh     move what these stages made to old-DATE/ and start over; else what is there is skipped
@@ -41,7 +42,7 @@ setup() {
     "$base is not Python 3.10 or newer with venv; install python3-venv, or name one: PYTHON=python3.12"
   nvidia-smi -L >/dev/null 2>&1 ||  # the CPU builds are several GB smaller; not every index has them
     $python -m pip install -q torch==2.14.1+cpu torchvision==0.29.1+cpu 2>/dev/null
-  $python -m pip install -q -r requirements.txt || fail "no packages, for the reason above; the same tries again"
+  $python -m pip install -q -r requirements.txt || fail "no packages, as told above; the same tries again"
   cp requirements.txt .venv/complete  # last: a half-made .venv is never used
 }
 
@@ -62,11 +63,12 @@ train() {
   for dataset in $datasets; do
     case $own$dataset in own-cifar100) size=32 ;; own-tinyimagenet) size=64 ;; *) size="" ;; esac
     for seed in ${SEEDS:-0}; do for objective in $objectives; do for sampler in $samplers; do
-      name=${quick:-$own$dataset}-$sampler-$objective resume=""
+      name=${quick:-$own$dataset}-$sampler-$objective resume="" taken=""
+      case ${quick:-$sampler} in osgd | spectral*) taken="--embeddings list" ;; esac  # as the authors did
       if [ "$seed" != 0 ]; then name+=-seed$seed; fi
       if [ -e "runs/$name/checkpoint.pt" ] && [ -z "$fresh" ]; then resume=--resume; fi
       step "$name" "runs/$name/result.json" train.py --dataset "$dataset" --sampler "$sampler" \
-        --objective "$objective" --seed "$seed" ${size:+--image-size $size} ${TRAIN_FLAGS:-} \
+        --objective "$objective" --seed "$seed" $taken ${size:+--image-size $size} ${TRAIN_FLAGS:-} \
         --data-dir "$data" --out-dir "runs/$name" $resume
     done; done; done
   done
@@ -149,8 +151,8 @@ if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 if [ $mode = auto ] && [ "$gpus" -gt 0 ]; then mode=$(ls "$data" 2>/dev/null); fi
 if [[ $mode =~ ^full$|cifar-100-python|tiny-imagenet-200 ]]; then
   quick="" datasets=${DATASETS:-cifar100 tinyimagenet} objectives=${OBJECTIVES:-simclr sogclr}
-  samplers=${SAMPLERS:-random osgd spectral} large="temperature scaling"
-  echo "== The paper's twelve runs: 20 hours of one GPU at 60 TFLOP/s, --own-size 1.3; --quick: ten minutes"
+  samplers=${SAMPLERS:-random osgd spectral-released spectral} large="temperature scaling"
+  echo "== The paper's twelve runs and four: 27 hours at 60 TFLOP/s, --own-size 1.7; --quick: ten minutes"
 else
   [ -z "${DATASETS:-}$own" ] || fail "DATASETS and --own-size are of the paper's runs: add --full"
   quick=quick datasets=deadleaves objectives=${OBJECTIVES:-simclr} large=""

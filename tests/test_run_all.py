@@ -181,11 +181,12 @@ def test_interrupted_and_gone_on_with(repo, where, kill, kind, code, jobs):
 def test_the_papers_runs(repo):
     (repo / "data/CIFAR-100-C").mkdir(parents=True)
     lines = listed(repo, "--full", "train", "retrieval")
-    assert [line.split()[-1] for line in lines[:12]] == [
+    assert [line.split()[-1] for line in lines[:16]] == [
         f"runs/{d}-{s}-{o}" for d in ("cifar100", "tinyimagenet") for o in ("simclr", "sogclr")
-        for s in ("random", "osgd", "spectral")]
-    assert "--corruptions official" in lines[12] and "--out results/cifar100 " in lines[12]
-    assert "--corruptions built-in" in lines[13]
+        for s in ("random", "osgd", "spectral-released", "spectral")]
+    assert ["--embeddings list" in line for line in lines[:16]] == 4 * [False, True, True, True]
+    assert "--corruptions official" in lines[16] and "--out results/cifar100 " in lines[16]
+    assert "--corruptions built-in" in lines[17]
     chosen = {"SAMPLERS": "refined", "OBJECTIVES": "simclr", "SEEDS": "0 1", "TRAIN_FLAGS": "--epochs 3"}
     lines = listed(repo, "--full", "--own-size", "train", "retrieval", **chosen)
     assert [line.split()[-1] for line in lines[:4]] == [
@@ -201,9 +202,9 @@ def test_full_is_the_default_with_a_gpu_and_data(repo, name):
     (repo / "gpus").write_text("1")
     assert len(listed(repo, "train", **more)) == 4
     (folder / name).touch()
-    assert len(listed(repo, "train", **more)) == 12 and len(listed(repo, "train", "--quick", **more)) == 4
+    assert len(listed(repo, "train", **more)) == 16 and len(listed(repo, "train", "--quick", **more)) == 4
     _, out, _, calls = run(repo, "train", SAMPLERS="random", DATASETS="cifar100", **more)
-    assert out.startswith("== The paper's twelve runs: 20 hours of one GPU")
+    assert out.startswith("== The paper's twelve runs and four: 27 hours")
     assert "--data-dir more [1] data --out" in calls[0]
     (repo / "gpus").write_text("0")  # as PyTorch says
     assert len(listed(repo, "train", **more)) == 4
@@ -224,7 +225,7 @@ def test_setup_and_a_setup_that_fails(repo):
     mine = {"RUN_PYTHON": "", "PYTHON": "./fake"}
     (repo / "fail-pip").touch()
     code, _, error, _ = run(repo, "setup", **mine)
-    assert code == 2 and error.count("\n") == 1 and "no packages, for the reason above" in error
+    assert code == 2 and error.count("\n") == 1 and "no packages, as told above" in error
     (repo / "fail-pip").unlink()
     (repo / ".venv/bin/python").unlink()
     (repo / ".venv/bin/python").symlink_to("/no/such/python")  # of a Python that is gone
