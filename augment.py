@@ -73,7 +73,7 @@ def resize_weights(index: Tensor, start: Tensor, length: Tensor, n: int) -> Tens
     length = length[:, None, None].float()
     scale = length / index.shape[1]
     pixel = (torch.arange(n, device=index.device) - start[:, None])[:, None].float()  # [B, 1, n], of the crop
-    distance = (pixel + 0.5 - (index[:, :, None] + 0.5) * scale).div_(scale.clamp(min=1))
+    distance = (pixel + 0.5 - (index[:, :, None].float() + 0.5) * scale).div_(scale.clamp(min=1))
     weights = (1 - distance.abs_()).clamp_(min=0).mul_((pixel >= 0) & (pixel < length))
     return weights.div_(weights.sum(2, keepdim=True))
 
@@ -119,7 +119,7 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 @functools.cache
 def _constants(device: torch.device, *values: float) -> Tensor:
     """Copied to a device once: in every step a copy would wait, and a CUDA graph could not hold it."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def apply_augmentation(images: Tensor, parameters: Augmentation, size: int, mean: tuple = MEAN,
@@ -148,7 +148,7 @@ def apply_augmentation(images: Tensor, parameters: Augmentation, size: int, mean
         f = factors.gather(1, order)
         f = torch.cat([torch.where(hues_passed == 0, f, 1),
                        torch.where((hues_passed == 1) & (order != 3), f, 1)], 1)
-        rest, eye = (1 - f) * (order == 2).repeat(1, 2), torch.eye(3, device=device)
+        rest, eye = (1 - f) * (order == 2).repeat(1, 2), torch.eye(3, dtype=torch.float32, device=device)
         matrices = f[:, :, None, None] * eye + rest[:, :, None, None] * luma  # [B, 8, 3, 3]
         rest = (1 - f) * (order == 1).repeat(1, 2)
 
@@ -188,7 +188,8 @@ def augment(images: Tensor, size: int, source: torch.Generator | Tensor,
     if not 0 <= jitter <= 5:
         raise ValueError(f"jitter must be from 0 (none) to 5 (hue all around), got {jitter}")
     if isinstance(source, torch.Generator):
-        source = torch.rand(len(images), NUM_UNIFORM, generator=source, device=source.device)
+        shape = len(images), NUM_UNIFORM
+        source = torch.rand(shape, generator=source, dtype=torch.float32, device=source.device)
     # On the CPU in pieces that its caches hold; a device takes the whole batch at once.
     piece = max(1, PIECE // size**2) if images.device.type == "cpu" else max(1, len(images))
     uniform = source.to(images.device, non_blocking=True)

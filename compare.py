@@ -254,7 +254,7 @@ def first_at(target: float, y: np.ndarray, x: list[float]) -> float | None:
 
 def cost(found: dict[str, dict], target: float | None) -> list[dict]:
     """A row for each group of curves(), the first being the baseline: images seen and seconds at which its
-    mean curve first reaches the target (None: what the baseline's ends at), and their ratios to the baseline's, of
+    mean curve first reaches the target (None: what the baseline's ends at), and their ratios to its own, of
     which the whole run counts where it does not reach it; and "gain", with its interval over several seeds,
     R@1 after the baseline's seconds (or at its end, where that is sooner) less that of the baseline."""
     baseline = next(iter(found.values()))
@@ -288,8 +288,8 @@ def cost_text(rows: list[dict]) -> str:
 
 
 def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
-    """R@1 against images seen and seconds; a line is the mean over seeds, a band from the lowest to the highest.
-    samplers: of each group."""
+    """R@1 against images seen and seconds; a line is the mean over seeds, a band from the lowest to the
+    highest.  samplers: of each group."""
     figure, axes = cli.canvas(1, 2, 7.2, 3.0, sharey=True)
     for axis, at in zip(axes[0], ("images", "seconds")):
         for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
@@ -301,7 +301,7 @@ def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
         axis.set(xlabel="images seen" if at == "images" else "seconds of training and selecting")
     axes[0, 0].set(ylabel="two-view R@1 (%)", title="line: mean over seeds; band: lowest to highest")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=min(4, len(found)))
+                  ncols=min(2, len(found)))
     return figure
 
 

@@ -53,11 +53,13 @@ def digest(value) -> str:
 # Each returns (home, made_from, read): the folder of the data; JSON that changes when they do, cheap enough
 # for every start; read() -> (names, labels, get), get(i) being an image file's bytes or an array [H, W, 3].
 
-def walk(root: Path, inside: str = ""):
-    """(relative path, bytes, mtime) of all files beneath root but hidden ones; links are followed."""
-    for entry in os.scandir(root / inside):
+def walk(root: Path, inside: str = "", above: tuple = ()):
+    """(relative path, bytes, mtime) of all files beneath root but hidden ones; links are followed, but no
+    folder is entered from within itself."""
+    here = os.path.realpath(root / inside)
+    for entry in os.scandir(root / inside) if here not in above else ():
         if entry.is_dir() and not entry.name.startswith("."):
-            yield from walk(root, f"{inside}{entry.name}/")
+            yield from walk(root, f"{inside}{entry.name}/", (*above, here))
         elif entry.is_file() and not entry.name.startswith("."):
             yield inside + entry.name, entry.stat().st_size, entry.stat().st_mtime_ns
 
@@ -85,6 +87,7 @@ def folder_source(path: Path, split: str):
             chosen = [name for name in folders if tops[name] == begin[split]]
         else:
             held = {name for name in folders if zlib.crc32(os.fsencode(name)) % 10 == 0} or {*[*folders][:1]}
+            held = {*sorted(held)[:max(1, len(folders) - 1)]}  # one at least is left to train on
             chosen = [name for name in folders if (name in held) == (split == "val")]
         left = len(files) - len(folders)
         if left and folders and split == "train":  # once
@@ -256,6 +259,8 @@ def write_cache(stem: Path, size: int, skip_broken: bool, names, labels: list[in
                     tick(row + 1)
             file.flush()
             os.fsync(file.fileno())
+        if not kept:
+            raise ValueError(f"all {len(names)} images are broken: {names[0]}, ...; give others")
         np.save(own / "labels.npy", np.array(kept, np.int64))
         (own / "json").write_text(json.dumps(broken))
         for name in ("images.npy", "labels.npy", "json"):

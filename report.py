@@ -153,7 +153,7 @@ def main(argv: list[str]) -> None:
     knobs, _ = cli.parse(argv, __doc__, KNOBS, {})
     results, runs = cli.expand(knobs["results"]), cli.expand(knobs["runs"])
     cli.write_atomically(results / "report.html", build(results, runs).encode())
-    print(results / "report.html")
+    cli.say(str(results / "report.html"))
 
 
 if __name__ == "__main__":

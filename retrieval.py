@@ -100,11 +100,15 @@ def retrieval_metrics(u: Tensor, v: Tensor) -> dict[str, float]:
 def load_checkpoint(path: Path, knobs: dict) -> ContrastiveModel:
     """The network of a checkpoint, in eval mode; knobs: of the run's config.json. Raises Stop."""
     try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        settings = saved["settings"]
         model = ContrastiveModel(knobs["small_stem"])
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+        model.load_state_dict(saved["model"])
     except Exception as error:  # torch.load fails in many ways on a damaged file
         raise Stop(f"{path} cannot be used ({type(error).__name__}): absent, damaged or not of train.py; "
                    "give another run, or train it again") from None
+    if differ := [name for name in knobs if name in settings and settings[name] != knobs[name]]:
+        raise Stop(f"{path} is of another run than config.json ({', '.join(differ)}): put back its own")
     return model.eval()
 
 

@@ -37,6 +37,8 @@ data=${DATA_DIR:-data} base=${PYTHON:-python3} python=${RUN_PYTHON:-.venv/bin/py
 setup() {
   [[ $PWD != *:* ]] || fail "Python makes no .venv in a path with a colon: rename a folder of $PWD"
   echo "== setup: packages into .venv, some minutes"
+  [ ! -e .venv ] || [ -e .venv/by-run_all.sh ] || fail ".venv is not of this script; move it away"
+  mkdir -p .venv && touch .venv/by-run_all.sh
   rm -f .venv/complete .venv/bin/python .venv/bin/python3  # it may be of another Python
   "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" && "$base" -m venv .venv || fail \
     "$base is not Python 3.10 or newer with venv; install python3-venv, or name one: PYTHON=python3.12"
@@ -77,9 +79,11 @@ train() {
 retrieval() {  # of all runs that have ended
   for dataset in $datasets; do
     name=${quick:-$own$dataset} corrupted=built-in
-    if ls "$data" 2>/dev/null | grep -qi "^${dataset:0:4}.*-C$"; then corrupted=official; fi  # CIFAR-100-C
+    case $dataset in cifar100) official=CIFAR-100-C ;; *) official=Tiny-ImageNet-C ;; esac
+    if [ -z "$quick" ] && [ -d "$data/$official" ]; then corrupted=official; fi
     step "retrieval-$name" "results/$name/retrieval.json" retrieval.py --curve --recalibrate --histograms \
-      --corruptions $corrupted --data-dir "$data" --out "results/$name" $(dirname "runs/$name"-*/result.json)
+      --corruptions $corrupted --data-dir "$data" --out "results/$name" \
+      $(dirname "runs/$name"-*/result.json | grep -v -e -seed0)  # which are train.py's own default folders
   done
 }
 

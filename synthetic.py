@@ -380,10 +380,10 @@ def run(name: str, knobs: dict, out: Path) -> None:
               "claims": claims, "numbers": numbers}
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # null for NaN and infinity
     cli.write_atomically(out / f"{name}.json", json.dumps(finite).encode())
-    print(f"== {name}: {record['about']}")
+    cli.say(f"== {name}: {record['about']}")
     for c in claims:
         value, low, high = map(digits, (c["measured"], *c["interval"]))
-        print(f"{c['verdict']:<14} {c['claim']}: {value} [{low}, {high}]; {c['form']}", flush=True)
+        cli.say(f"{c['verdict']:<14} {c['claim']}: {value} [{low}, {high}]; {c['form']}")
 
 
 def main(argv: list[str]) -> None:

@@ -397,7 +397,8 @@ def train(knobs: dict) -> None:
 
             # log, save
             due = journal.due
-            stop = (due or not cuda) and agreed(bool(caught), device)  # to ask is to wait for a GPU
+            # To ask other processes is to wait for a GPU.
+            stop = (due or not cuda or processes == 1) and agreed(bool(caught), device)
             if due or stop:
                 journal.report(step.read_losses(), lr)
                 if journal.epoch_ends and rank == 0:

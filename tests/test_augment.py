@@ -212,3 +212,15 @@ def test_autocast_does_not_round():
     exact = augment(images, 32, source)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(augment(images, 32, source), exact)
+
+
+def test_the_default_dtype_does_not_matter():
+    images = noise(3, 16, 16)
+    expected = augment(images, 8, torch.Generator().manual_seed(0))
+    module._constants.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(augment(images, 8, torch.Generator().manual_seed(0)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        module._constants.cache_clear()

@@ -380,3 +380,14 @@ def test_fingerprint_sees_every_pixel_and_label():
     for pair in ((images, labels), (images.flip(0), labels.flip(0)), (images.view(5000, 3, 2, 8), labels)):
         found.append(data.fingerprint(*pair))
     assert len(set(found)) == 7 and data.fingerprint(images.clone(), labels.clone()) == found[4]
+
+
+def test_links_in_circles_two_images_and_none_that_can_be_read(tmp_path):
+    make_photos(tmp_path / "two", 2)
+    (tmp_path / "two/again").symlink_to(tmp_path / "two", target_is_directory=True)
+    for split in ("train", "val"):
+        assert len(data.load("folder", split, tmp_path / "two")[0]) == 1
+    (tmp_path / "broken").mkdir()
+    for name in "abcdef":
+        (tmp_path / f"broken/{name}.png").write_bytes(b"no image")
+    refused(ValueError, "images are broken", "folder", "train", tmp_path / "broken", skip_broken=True)

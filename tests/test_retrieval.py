@@ -305,7 +305,7 @@ def test_checkpoints_that_are_refused(runs, tmp_path, capsys, monkeypatch):
     saved["model"]["encoder.conv1.weight"][0] = math.nan
     for content, words in ((whole[:-5000], "damaged"), (b"", "damaged"), (Code(), "not of train.py"),
                            ({"weights": 1}, "not of train.py"), ({"model": other}, "not of train.py"),
-                           (saved, "NaN")):
+                           (saved, "NaN"), ({**saved, "settings": {"jitter": 7}}, "of another run")):
         checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
         assert words in refusal(capsys, monkeypatch, *small(tmp_path / "out", run))
     assert not (tmp_path / "it ran").exists()
