@@ -96,7 +96,7 @@ examples() {
   for x in examples/[!t]*.py; do step "${x##*/}" - "$x"; done
   step test-examples - -m pytest -q examples
 }
-todo="" failed="" pids=() logs=()  # pids and logs of what runs, by slot
+coming="" failed="" pids=() logs=()  # pids and logs of what runs, by slot
 
 made() {  # made NAME RESULT: it is there, no quick one where a full one is asked for, and newer than its runs
   [ -s "$2" ] && [ -z "$fresh" ] && { [ -n "$quick" ] || ! grep -q -e --quick "$2"; } || return
@@ -107,19 +107,19 @@ step() {  # step NAME RESULT WORD ...: python WORD ... once a slot is free, unle
   local name=$1 result=$2 old=${2%/*} slot=0
   shift 2
   if [ -z "$begun" ]; then  # the first time round
-    todo+="$name "
+    coming+="$name "
     if [ "$name" = bench ]; then old=$result; fi
     if [ -n "$fresh" ] && [ -z "$dry" ] && [ -e "$old" ]; then
       mkdir -p "$fresh/${old%/*}" && mv "$old" "$fresh/$old" || exit
     fi
     return
   fi
-  todo=${todo#* }
+  coming=${coming#* }
   if made "$name" "$result"; then echo "== skip $name: $result is there"; return; fi
   if [ -n "$dry" ]; then echo "$python $*"; return; fi
   while kill -0 "${pids[slot]:-}" 2>/dev/null; do slot=$(((slot + 1) % slots)); sleep 0.1; done
   if [ -n "${pids[slot]:-}" ]; then finish $slot; fi
-  echo "== minute $((SECONDS / 60)): $name; to come: ${todo:-nothing}"
+  echo "== minute $((SECONDS / 60)): $name; to come: ${coming:-nothing}"
   if [ "$gpus" -gt 1 ]; then export CUDA_VISIBLE_DEVICES=${visible[slot % gpus]}; fi
   logs[slot]=runs/.logs/$name.log
   "$python" "$@" >"${logs[slot]}" 2>&1 &
