@@ -199,6 +199,12 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
                           "mrr": 1 / r}
 
 
+def looks(images: Tensor, labels: Tensor, rows: Tensor) -> str:
+    """A digest of these images, of some of their pixels and all their labels."""
+    some = images[rows[::max(1, len(rows) // 256)]]
+    return data.digest(some.numpy().tobytes() + labels[rows].numpy().tobytes())
+
+
 def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run:
     """The run with its scores, from results.json beside its checkpoint or computed and kept there, by the
     settings and images; those of another checkpoint or of other code are dropped. Raises Stop."""
@@ -206,14 +212,23 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run
     path, began = run.folder / "results.json", time.perf_counter()
     try:
         val = load(run, "val", folder, settings["two views"]["limit"])
-        some = val[0][val[2][::max(1, len(val[2]) // 256)]]
-        images = data.digest(some.numpy().tobytes() + val[1][val[2]].numpy().tobytes())
+        images, of_training = looks(*val), ""
+        if knobs["recalibrate"] or knobs["probe"] or knobs["histograms"]:
+            of_training = looks(*load(run, "train", folder, run.knobs["limit"]))
+        published = []
+        if knobs["corruptions"] == "official":
+            found = (folder / corruptions.OFFICIAL[run.knobs["dataset"]][0]).glob("*")
+            published = [(x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in sorted(found)]
         code = data.digest(b"".join(Path(__file__).with_name(f"{x}.py").read_bytes() for x in MADE_BY))
         made_from = [(run.folder / "checkpoint.pt").stat().st_mtime_ns, code]
         kept = json.loads(path.read_text()) if path.exists() else {}
         kept = kept["scores"] if kept.get("made_from") == made_from else {}
-        keys = {title: " ".join(f"{name}={x}" for name, x in {**s, "images_digest": images}.items())
-                for title, s in settings.items()}
+        keys = {}
+        for title, s in settings.items():
+            trained = s["recalibrate_batches"] or s["task"] in ("probe", LOSSES)
+            seen = {**s, "images_digest": images, "of_training": of_training * bool(trained),
+                    "published": data.digest(published * ("corruptions" in title))}
+            keys[title] = " ".join(f"{name}={x}" for name, x in seen.items())
         missing = {title: s for title, s in settings.items() if keys[title] not in kept}
         made_by = cli.provenance(device) if missing else cli.say(f"{run.folder}: read from results.json")
         for title, values in compute(run, missing, folder, val, device) if missing else ():

@@ -285,6 +285,12 @@ def test_stale_results_are_made_anew(runs, tmp_path, capsys, monkeypatch):
         patch.setattr(data, "load", lambda *x, **y: (255 - load(*x, **y)[0], load(*x, **y)[1]))
         assert "read from" not in first_line()
     assert "read from" in first_line() and "read from" in first_line("--repeats", "1")
+    first_line("--recalibrate")
+    with monkeypatch.context() as patch:  # the training images, which other scores do not see
+        patch.setattr(data, "load", lambda name, split, *x, **y: (
+            load(name, split, *x, **y)[0] // (1 + (split == "train")), load(name, split, *x, **y)[1]))
+        assert "read from" in first_line() and "recalibrated" in first_line("--recalibrate")
+    assert "read from" in first_line("--recalibrate")
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "model.py"))
     assert "read from" not in first_line()  # code
 
