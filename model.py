@@ -90,7 +90,7 @@ def embed(model: nn.Module, views: Callable[[Tensor], Tensor], index: Tensor, ch
             if on_chunk:
                 on_chunk(start)
             part = index[start:start + chunk]
-            if 0 < len(part) < chunk < len(index):  # a compiled network sees one shape only
+            if 0 < len(part) < chunk < len(index):  # all parts are of one shape
                 part = torch.cat([part, index[:chunk - len(part)]])
             a, b = model(views(part.repeat(2))).float().chunk(2)
             u.append(a)

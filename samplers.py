@@ -111,7 +111,6 @@ def _unit(u: Tensor, v: Tensor) -> list[Tensor]:
     return units
 
 
-
 # ------------------------------------------------------------------------------------------ scores
 def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1,
                  loss: str = "nt_xent") -> Tensor:
