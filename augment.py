@@ -3,7 +3,6 @@ Copy this file into your project; it needs torch alone.
 
     views = augment(images, 32, torch.Generator())    # uint8 [B, 3, H, W] -> float32 [B, 3, 32, 32]
 """
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +15,7 @@ LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue in grey, as in t
 RATIO, TRIES = (3 / 4, 4 / 3), 10  # of the random resized crop
 PIECE = 2**19  # output pixels augmented at a time on a CPU
 NUM_UNIFORM = 2 * TRIES + 14  # uniform numbers that one sample needs
+_ON_DEVICE = {}  # by device and values, of _constants
 
 
 class Augmentation(NamedTuple):
@@ -116,10 +116,12 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     return x.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _constants(device: torch.device, *values: float) -> Tensor:
     """Copied to a device once: in every step a copy would wait, and a CUDA graph could not hold it."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    if (device, values) not in _ON_DEVICE:
+        _ON_DEVICE[device, values] = torch.tensor(values, dtype=torch.float32, device=device)
+    return _ON_DEVICE[device, values]
 
 
 def apply_augmentation(images: Tensor, parameters: Augmentation, size: int, mean: tuple = MEAN,
@@ -187,7 +189,7 @@ def augment(images: Tensor, size: int, source: torch.Generator | Tensor,
         raise ValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1, got {tuple(crop_scale)}")
     if not 0 <= jitter <= 5:
         raise ValueError(f"jitter must be from 0 (none) to 5 (hue all around), got {jitter}")
-    if isinstance(source, torch.Generator):
+    if not isinstance(source, Tensor):
         shape = len(images), NUM_UNIFORM
         source = torch.rand(shape, generator=source, dtype=torch.float32, device=source.device)
     # On the CPU in pieces that its caches hold; a device takes the whole batch at once.

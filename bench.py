@@ -214,7 +214,7 @@ def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
         step()
     with Operations() if mode != "compile" else contextlib.nullcontext() as counter:
         step()  # under the counter a compiled network would run as it was before
-    calls = max(1, round(1 / seconds(step, rounds=1)[0]))  # about a second of steps a round
+    calls = max(1, round(0.3 / seconds(step, rounds=1)[0]))  # a third of a second of steps a round
     took, product = seconds(step, lambda: a @ a, calls=calls)
     with FlopCounterMode(display=False) as flops:  # by shapes alone
         views = torch.zeros(2 * batch_size, 3, size, size, device="meta")

@@ -65,7 +65,9 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_mul_(updates[:n], list(scale.unbind()))
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
-            if isinstance(group["lr"], Tensor):  # without a copy of the buffers
+            if isinstance(group["lr"], Tensor) and group["lr"].is_cuda:  # few kernels, for a copy
+                torch._foreach_add_(params, torch._foreach_mul(buffers, -group["lr"]))
+            elif isinstance(group["lr"], Tensor):
                 torch._foreach_addcmul_(params, buffers, [-group["lr"]] * len(params))
             else:
                 torch._foreach_add_(params, buffers, alpha=-group["lr"])

@@ -45,17 +45,42 @@ class SmallMapConv2d(nn.Conv2d):
         return out.contiguous(memory_format=torch.channels_last)
 
 
+class _PerView:
+    """Batch norm that in training sees each of `views` equal parts of the batch apart, one after another.
+
+    So are its outputs and running statistics those of a pass a view, while the convolutions between see all
+    at once. Above a BatchNorm class of torch.nn.
+    """
+    views = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.views == 1 or not self.training:
+            return super().forward(x)
+        return torch.cat([
+            F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True,
+                         self.momentum, self.eps) for part in x.chunk(self.views)])
+
+
+class PerViewBatchNorm1d(_PerView, nn.BatchNorm1d):
+    pass
+
+
+class PerViewBatchNorm2d(_PerView, nn.BatchNorm2d):
+    pass
+
+
 class ContrastiveModel(nn.Module):
     """ResNet-18 (torchvision's, last gamma of each block zero), head 512 -> 2048 -> 128 without biases.
 
     The ImageNet stem (7x7, stride 2, max-pool) unless small_stem: 3x3, stride 1, no max-pool, for small
     images (16 times the arithmetic).  forward: images [B, 3, S, S] float -> projections [B, 128], not
-    normalised. `encoder` alone gives the features [B, 512].
+    normalised. `encoder` alone gives the features [B, 512].  views: of how many a batch consists in training,
+    one after the other; batch norm sees each apart.
     """
 
-    def __init__(self, small_stem: bool = False, hidden: int = 2048, dim: int = 128):
+    def __init__(self, small_stem: bool = False, hidden: int = 2048, dim: int = 128, views: int = 1):
         super().__init__()
-        self.encoder = resnet18(zero_init_residual=True)
+        self.encoder = resnet18(zero_init_residual=True, norm_layer=PerViewBatchNorm2d)
         if small_stem:
             self.encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(self.encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -66,8 +91,11 @@ class ContrastiveModel(nn.Module):
         features = self.encoder.fc.in_features
         self.encoder.fc = nn.Identity()
         self.head = nn.Sequential(
-            nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-            nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
+            nn.Linear(features, hidden, bias=False), PerViewBatchNorm1d(hidden), nn.ReLU(inplace=True),
+            nn.Linear(hidden, dim, bias=False), PerViewBatchNorm1d(dim, affine=False))
+        for module in self.modules():
+            if isinstance(module, _PerView):
+                module.views = views
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))

@@ -156,14 +156,14 @@ class Step:
         torch.manual_seed(knobs["seed"])
         self.images, self.device, self.see, self.graph, self.done = images, device, see, None, 0
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
-        self.model = ContrastiveModel(knobs["small_stem"]).to(device, memory_format=torch.channels_last)
-        self.network, view = self.model, augment
+        self.model = ContrastiveModel(knobs["small_stem"], views=2)
+        self.network = self.model.to(device, memory_format=torch.channels_last)
         self.graphed = device.type == "cuda" and self.processes == 1 and knobs["step"] != "eager"
         if knobs["step"] == "compile":
-            self.network, view = (torch.compile(x, dynamic=False) for x in (self.model, augment))
+            self.forward = torch.compile(self.forward, dynamic=False)
         mean, std = data.STATISTICS[knobs["dataset"]]
         look = {"size": knobs["image_size"], "jitter": knobs["jitter"], "mean": mean, "std": std}
-        self.augment = functools.partial(view, crop_scale=(knobs["crop_scale"], 1.0), **look)
+        self.augment = functools.partial(augment, crop_scale=(knobs["crop_scale"], 1.0), **look)
         self.views = functools.partial(views_of, crop_scale=knobs["crop_scale"], device=device, **look)
         if self.processes > 1:  # buffers are rank 0's where they count: in eval mode, and in a checkpoint
             warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its successor is not in older versions
@@ -205,12 +205,16 @@ class Step:
         self.done += 1
         self.graph.replay() if self.graph else self.run()
 
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss and both views' projections [B, D]."""
+        views = self.augment(self.pictures.repeat(2, 1, 1, 1), source=self.uniform)
+        with self.autocast():
+            z1, z2 = self.network(views.contiguous(memory_format=torch.channels_last)).chunk(2)
+        return self.objective(z1, z2, self.rows), z1, z2
+
     def run(self) -> None:
         """All that a graph holds."""
-        views = self.augment(self.pictures.repeat(2, 1, 1, 1), source=self.uniform)
-        with self.autocast():  # each view apart: batch norm sees B images, as in the authors' code
-            z1, z2 = (self.network(x.contiguous(memory_format=torch.channels_last)) for x in views.chunk(2))
-        loss = self.objective(z1, z2, self.rows)
+        loss, z1, z2 = self.forward()
         if self.see:
             self.see(self.rows, z1.detach(), z2.detach())
         if self.processes > 1 and len(self.sogclr.log_u):

@@ -198,13 +198,13 @@ def test_bad_input_is_refused(images, arguments, message):
 @pytest.mark.parametrize("size", [32, 64])
 def test_on_another_device_nothing_is_mixed_or_read_back(size):
     generator = torch.Generator()
-    module._constants.cache_clear()
+    module._ON_DEVICE.clear()
     with FakeTensorMode():
         images = torch.empty(6, 3, 40, 32, dtype=torch.uint8, device="cuda")
         views = augment(images, size, generator)
         assert (views.device.type, views.shape, views.dtype) == ("cuda", (6, 3, size, size), torch.float32)
         assert views.is_contiguous(memory_format=torch.channels_last)
-    module._constants.cache_clear()
+    module._ON_DEVICE.clear()
 
 
 def test_autocast_does_not_round():
@@ -217,10 +217,10 @@ def test_autocast_does_not_round():
 def test_the_default_dtype_does_not_matter():
     images = noise(3, 16, 16)
     expected = augment(images, 8, torch.Generator().manual_seed(0))
-    module._constants.cache_clear()
+    module._ON_DEVICE.clear()
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(augment(images, 8, torch.Generator().manual_seed(0)), expected)
     finally:
         torch.set_default_dtype(torch.float32)
-        module._constants.cache_clear()
+        module._ON_DEVICE.clear()
