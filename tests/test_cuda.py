@@ -52,7 +52,10 @@ def test_a_graph_gives_the_weights_of_eager_steps_also_after_a_resume(tmp_path, 
     eager = run(tmp_path, "eager", *words, "--step", "eager", "--max-steps", "20")
     assert_same(run(tmp_path, "graph", *words, "--step", "graph", "--max-steps", "20"), eager)
     run(tmp_path, "resumed", *words, "--max-steps", "9")
-    assert_same(run(tmp_path, "resumed", *words, "--max-steps", "20", "--resume"), eager)
+    resumed = run(tmp_path, "resumed", *words, "--max-steps", "20", "--resume")
+    for saved in eager, resumed:
+        del saved["journal"]["log"]  # the stop wrote a line of its own
+    assert_same(resumed, eager)
 
 
 def test_images_too_many_for_the_device_stay_outside(tmp_path, monkeypatch):

@@ -16,6 +16,9 @@ from model import ContrastiveModel, SogCLRLoss, nt_xent
 from test_train import PROCESSES, checkpoint, child, equal, finish, refusal, start, text, wait_for
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the children: rounding is the same
+
+
 def few(leaves, out, *flags):
     """Command line of a run of 2 epochs of 3 steps of two batches."""
     return ["--data-dir", leaves, "--out-dir", str(out), "--limit", "24", "--batch-size", "4",
@@ -156,7 +159,8 @@ def test_a_process_that_dies_takes_the_others_down(leaves, tmp_path):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert "SIGKILL" in text(tmp_path / "out.txt") or "exitcode: -9" in text(tmp_path / "out.txt")
+    said = text(tmp_path / "out.txt")  # by torchrun, or by the survivor if that was faster
+    assert any(reason in said for reason in ("SIGKILL", "exitcode: -9", "by peer", "Broken pipe")), said
 
 
 def test_torchruns_processes_refuse_in_one_line(leaves, tmp_path):

@@ -20,14 +20,7 @@ from theory import (METHODS, claim, descend, distance, evaluations, first_steps,
                     least_matching, nearest, optimum, schedule, speedup, start, toy_curves, train)
 
 F64 = {"dtype": torch.float64}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():  # tensors this small gain nothing from a second
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # tensors this small gain nothing from a second
 
 
 def seeded(seed: int = 0) -> torch.Generator:
