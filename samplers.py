@@ -454,7 +454,8 @@ class ContrastiveBatchSampler(BatchSampler):
       (osgd-replacement: in each epoch); or
     - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come
       first, in random batches: the first epoch, or all where neither function is used. ahead: a thread
-      chooses the next window on the CPU while the steps of this one run, with the same result.
+      chooses the next window on the CPU while the steps of this one run, with the same result; not of osgd,
+      which a GPU does best.
     An epoch is n // B batches: a partition, or, of osgd, as much of one permutation after another; a new
     iteration is the next epoch, also where the last one was broken off. The processes of torch.distributed
     choose the same batches, embed a share each and share what update is given. Each of world_size takes every
@@ -498,7 +499,7 @@ class ContrastiveBatchSampler(BatchSampler):
         self.random_epochs = _integer("random_epochs", random_epochs)
         self.embed, self.embed_size = embed, _integer("embed_size", embed_size, 1)
         self.at_once = bool(at_once)
-        self.ahead = bool(ahead) and embed is None and world_size == 1 and method != "osgd-replacement"
+        self.ahead = bool(ahead) and embed is None and world_size == 1 and not by_loss
         self.uv = self.last = self.solved = None
         self.given = deque(maxlen=1024)  # the iteration's last steps: epoch, step, batches
         with torch.inference_mode(False):  # what is made inside it could not be written to in training

@@ -57,6 +57,13 @@ def test_each_view_is_a_pass_of_its_own():
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_the_step_is_one_graph_to_the_compiler():
+    """Each break in it would be kernels that nothing is fused with."""
+    step = make_step("sogclr", CPU, ContrastiveBatchSampler(16, 4))
+    forward = torch.compile(step.forward, backend="eager", fullgraph=True)
+    assert forward()[0].isfinite()
+
+
 @pytest.mark.parametrize("objective", ["simclr", "sogclr", "hcl", "dcl"])
 def test_every_step_asks_for_the_same_operations(objective):
     """Python numbers that differ between two steps would be those of the captured one in every replay."""
