@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from augment import NUM_UNIFORM, augment, views_of
-from cli import Stop, parse, pick_device, provenance, run
+from cli import Stop, parse, pick_device, progress, provenance, run
 from lars import LARS, warmup_cosine
 from model import ContrastiveModel, SogCLRLoss, dcl, embed, hcl, nt_xent
 from retrieval import retrieval_metrics
@@ -300,7 +300,8 @@ def embed_images(step: Step, images: Tensor, rows: Tensor, chunk: int,
                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Projections u, v [m, D] of two fresh views of images[rows [m]], with the weights of the moment."""
     with step.autocast():
-        u, v = embed(step.model, step.views(images, generator), rows, chunk)
+        tick = progress("embedding", len(rows), "images")  # of a selection a chunk comes here at a time
+        u, v = embed(step.model, step.views(images, generator), rows, chunk, tick)
     if not (u.isfinite().all() and v.isfinite().all()):
         raise Stop("the embeddings are not finite: try a lower --lr, a higher --temperature or more "
                    "--warmup-epochs", code=1)
