@@ -194,7 +194,7 @@ def grey(image: Image.Image) -> Image.Image:
     that holds all; else the range is theirs."""
     values = np.asarray(image)
     if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(339, (1,)) == (1,):
-        values = values.view(np.uint32)  # which Pillow reads as if they had a sign
+        values = values.view(np.uint32)  # by its SampleFormat without a sign, which Pillow reads with one
     values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     black, white = values.min().item(), values.max().item()
     if image.mode.startswith("I;") or image.mode == "I" and image.format in ("PNG", "PPM"):

@@ -72,6 +72,18 @@ def test_ties_count_against_the_model_also_up_to_rounding(dtype):
     assert partner_ranks(axes, axes[[1, 0, 2, 3, 4, 5]]).tolist() == [[6, 6, 1, 1, 1, 1]] * 2
 
 
+@pytest.mark.parametrize("power, dtype", [*((x, torch.float32) for x in (64, 100, -44, -100)),
+                                          (664, torch.float64), (-664, torch.float64)])
+def test_ranks_of_rows_of_any_length(power, dtype):
+    scale = 2.0 ** power  # which rounds nothing
+    u, v = torch.randn(2, 300, 8, dtype=dtype, generator=Generator().manual_seed(0))
+    length = torch.tensor([scale, 1 / scale], dtype=dtype).repeat(150)[:, None]
+    assert torch.equal(partner_ranks(u * length, v * scale), partner_ranks(u, v))
+    for z in (v, v * scale):
+        assert torch.equal(partner_ranks(u * scale, z, cosine=False), partner_ranks(u, v, cosine=False))
+    assert (partner_ranks(0 * u, v, cosine=False) == 300).all()
+
+
 def test_ranks_are_those_of_sorting():
     g = Generator().manual_seed(0)
     u = torch.randn(3000, 8, generator=g)  # two tiles
