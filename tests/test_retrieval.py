@@ -195,6 +195,18 @@ def test_tables_of_the_exported_file_are_those_of_the_runs(runs, tmp_path, capsy
     assert run.made_by["commit"] and run.made_by["versions"]["torch"] and run.log[-1]["seconds_training"] > 0
 
 
+def test_a_folder_that_exists_is_no_pattern(runs, tmp_path, capsys):
+    for name in ("seed[1]", "seed1", "*"):
+        twin(runs / "random-0", tmp_path / name, noise=0.02)
+    for word, found in (("seed[1]", ["seed[1]"]), ("*", ["*"]), ("seed[0-9]", ["seed1"]),
+                        ("seed*", ["seed1", "seed[1]"])):
+        assert [run.folder for run in compare.read_runs([str(tmp_path / word)])] == [
+            tmp_path / x for x in found], word
+    retrieval.main(small(tmp_path / "out", tmp_path / "seed[1]"))
+    assert "seed[1]: two views, 64 images" in capsys.readouterr().out
+    assert [(tmp_path / x / "results.json").exists() for x in ("seed[1]", "seed1", "*")] == [True, False, False]
+
+
 def test_scores_are_those_of_a_plain_loop(runs):
     """Against embedding the run's views again, and sorting."""
     run = compare.read_runs([str(runs / "random-0")])[0]
