@@ -30,6 +30,7 @@ from deadleaves import deadleaves
 from model import ContrastiveModel, embed
 from retrieval import partner_ranks, retrieval_metrics
 from test_corruptions import cifar_c
+from test_synthetic import lost
 
 REFERENCE = np.load(Path(__file__).parent / "reference.npz")
 PLAIN = {name: default for name, (default, *_) in retrieval.KNOBS.items()}
@@ -193,6 +194,16 @@ def test_tables_of_the_exported_file_are_those_of_the_runs(runs, tmp_path, capsy
     assert str(runs).encode() not in gzip.decompress(file.read_bytes())
     run = compare.read_file(file)[0]
     assert run.made_by["commit"] and run.made_by["versions"]["torch"] and run.log[-1]["seconds_training"] > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "pipe"])
+def test_lost_output_costs_no_results(kind, runs, tmp_path, monkeypatch):
+    file = tmp_path / "runs.json.gz"
+    for script, words in ((retrieval, small(tmp_path, runs / "random-0", "--export", file)),
+                          (compare, [str(file), "--out", str(tmp_path)])):
+        monkeypatch.setattr(sys, "stdout", lost(kind))
+        assert cli.run(script.main, script.__name__, words) == 0
+    assert {x.name for x in tmp_path.iterdir()} >= {"retrieval.json", "runs.json.gz", "curve.png"}
 
 
 def test_a_folder_that_exists_is_no_pattern(runs, tmp_path, capsys):
