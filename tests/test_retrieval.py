@@ -368,12 +368,18 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, monkeypatch):
         assert words in refusal(capsys, monkeypatch, *argv, *["--out", out] * ("--out" not in argv)), argv
 
 
-def test_official_corruptions_through_the_command(runs, tmp_path, monkeypatch):
-    """A made-up CIFAR-100 of three images: the scores' name is the set's, the data are found beside it."""
+def test_official_corruptions_through_the_command(runs, tmp_path, monkeypatch, capsys):
+    """A made-up CIFAR-100 of three images: the scores' name is the set's, the data are found beside it, and
+    what is kept is not of another set."""
     run = twin(runs / "random-0", tmp_path / "run", dataset="cifar100", limit=None)
     monkeypatch.setattr(data, "load", lambda *x, **_: deadleaves(x[1], 3, 0))
     cifar_c(tmp_path / "CIFAR-100-C")
-    retrieval.main([str(run), "--out", str(tmp_path / "out"), "--corruptions", "official", "--repeats", "1",
-                    "--data-dir", str(tmp_path)])
+    argv = [str(run), "--out", str(tmp_path / "out"), "--corruptions", "official", "--repeats", "1",
+            "--data-dir", str(tmp_path)]
+    for changed, made in (False, 2), (False, 0), (True, 1):
+        if changed:
+            os.utime(tmp_path / "CIFAR-100-C" / "fog.npy", ns=(1, 1))
+        retrieval.main(argv)
+        assert capsys.readouterr().out.count(" 3 images: ") == made
     row = json.loads((tmp_path / "out" / "retrieval.json").read_text())["corruptions, CIFAR-100-C"][0]
     assert row["images"] == 3 and 0 <= row["severity_5"] <= 1
