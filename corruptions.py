@@ -22,7 +22,7 @@ from torchvision.transforms.functional import normalize
 import cli
 import data
 import samplers
-from model import embed
+from model import embed, unit
 
 # -------------------------------------------------------------------------------- the published sets
 TINY = ("brightness", "contrast", "defocus_blur", "elastic_transform", "fog", "frost", "gaussian_noise",
@@ -181,7 +181,7 @@ def built_in(images: Tensor, seed: int) -> Callable:
 def own_version_ranks(u: Tensor, v: Tensor) -> Tensor:
     """Ranks from 1, int64 [2, N, C], of u, v [N, C, D], where the candidates of each are the C versions of
     the same image; ties as retrieval.partner_ranks has them."""
-    s = F.normalize(u, dim=2) @ F.normalize(v, dim=2).mT
+    s = unit(u) @ unit(v).mT
     bound = s.diagonal(dim1=1, dim2=2) - (8 + u.shape[2] ** 0.5) * torch.finfo(s.dtype).eps
     return torch.stack([(s >= bound[:, :, None]).sum(2), (s >= bound[:, None]).sum(1)])
 
@@ -247,11 +247,13 @@ def probe(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, seed: int, name: s
     x held out.  knn: the 20 of greatest cosine vote with exp(cosine / 0.07) (Wu et al., CVPR 2018). """
     if y.max() == 0 or not (x.isfinite().all() and val_x.isfinite().all()):
         raise ValueError("--probe needs images of two classes or more and finite features: leave it out")
-    classes, gallery, knn = int(y.max()) + 1, F.normalize(x, dim=1), []
-    for part in F.normalize(val_x, dim=1).split(64):
+    classes, gallery, knn = int(y.max()) + 1, unit(x), []
+    for part in unit(val_x).split(64):
         cosine, index = (part @ gallery.T).topk(min(20, len(x)), dim=1)
         votes = part.new_zeros(len(part), classes).scatter_add_(1, y[index], (cosine / 0.07).exp())
         knn.append(votes.argmax(1))
+    largest = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # as unit, of any scale
+    x, val_x = x / largest, val_x / largest
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, val_x = (F.pad((z - mean) / std, (0, 1), value=1) for z in (x, val_x))  # the last weights are biases
 

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import socket
 import sys
 import tempfile
 import threading
@@ -39,7 +40,8 @@ STATISTICS = dict.fromkeys(SOURCE_SIZE, IMAGENET) | {  # mean and deviation of r
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 TINY_URL, TINY_BYTES = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248_100_043
-CACHE_VERSION = 3  # raise it when decoding, the split or the dead leaves change: caches are then made anew
+PATIENCE = 60  # seconds
+CACHE_VERSION = 4  # raise it when decoding, the split or the dead leaves change: caches are then made anew
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # the mapped images are read-only
 
@@ -110,6 +112,17 @@ def members(source: Path):
     return archive.namelist(), get
 
 
+@contextlib.contextmanager
+def giving_up():
+    """Downloads within it end in an OSError once nothing has come for PATIENCE."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def tinyimagenet_source(path: Path, split: str):
     """The official archive, a zip that is read as it is, or unpacked: that itself, or a folder in which it is
     named `tiny-imagenet-200*` (zips and short names first); downloaded to there where there is none."""
@@ -119,7 +132,7 @@ def tinyimagenet_source(path: Path, split: str):
     there += [path] * (path / "train").is_dir()
     if not there:
         try:
-            with own_folder(path / ".cache-minibatch") as own:
+            with giving_up(), own_folder(path / ".cache-minibatch") as own:
                 tick = cli.progress(TINY_URL, TINY_BYTES / 1e6, "MB")
                 urllib.request.urlretrieve(TINY_URL, own / "zip", lambda n, size, _: tick(n * size / 1e6))
                 if (size := (own / "zip").stat().st_size) != TINY_BYTES:
@@ -156,7 +169,7 @@ def cifar100_source(path: Path, split: str):
     folder, archive = root / CIFAR100.base_folder, root / CIFAR100.filename
     if not folder.is_dir():
         try:
-            with own_folder(root / ".cache-minibatch") as own:
+            with giving_up(), own_folder(root / ".cache-minibatch") as own:
                 if archive.exists():
                     (own / archive.name).symlink_to(archive)
                 CIFAR100(own, download=True)
@@ -177,13 +190,17 @@ def cifar100_source(path: Path, split: str):
 
 def grey(image: Image.Image) -> Image.Image:
     """8 bits of a grey image of more; Pillow's own conversion cuts off at 255. White is 65535 in files of 16
-    bits, else the least of 1 (floats), 255 and 65535 that holds all values; else the range is theirs."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-    black, white = values.min(), values.max()
+    bits, 2^32 - 1 where only 32 bits without a sign hold a value, else the least of 1 (floats), 255 and 65535
+    that holds all; else the range is theirs."""
+    values = np.asarray(image)
+    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(339, (1,)) == (1,):
+        values = values.view(np.uint32)  # by its SampleFormat without a sign, which Pillow reads with one
+    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    black, white = values.min().item(), values.max().item()
     if image.mode.startswith("I;") or image.mode == "I" and image.format in ("PNG", "PPM"):
         black, white = 0, 65535
     elif black >= 0:
-        ends = [1] * (image.mode == "F") + [255, 65535]
+        ends = [1] * (image.mode == "F") + [255, 65535] + [2**32 - 1] * (image.mode == "I" and white >= 2**31)
         black, white = next(((0, end) for end in ends if white <= end), (black, white))
     return Image.fromarray(np.rint((values - black) * (255 / (white - black or 1))).astype(np.uint8))
 

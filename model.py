@@ -129,13 +129,19 @@ def embed(model: nn.Module, views: Callable[[Tensor], Tensor], index: Tensor, ch
             m.training = mode
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows [..., D] of length 1, float32 or float64, also where squares are out of range; zeros stay."""
+    x = x if x.dtype == torch.float64 else x.float()
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1), dim=-1)
+
+
 def _logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """All views' cosines / temperature [2B, 2B], each row's positive [2B], the negatives' mask [2B, 2B]."""
     if z1.ndim != 2 or z1.shape != z2.shape or len(z1) < 2:
         raise ValueError(f"z1 {tuple(z1.shape)}, z2 {tuple(z2.shape)}: give two tensors [B, D], B >= 2")
     with torch.autocast(z1.device.type, enabled=False):  # in bfloat16 a logit is wrong in the first digit
-        z = torch.cat([z1, z2])
-        z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        z = unit(torch.cat([z1, z2]))
         logits = z @ z.T / temperature
     own = torch.eye(len(z1), dtype=torch.bool, device=z.device).repeat(2, 2)
     return logits, torch.cat([logits.diagonal(len(z1)), logits.diagonal(-len(z1))]), ~own

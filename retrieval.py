@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -27,7 +26,7 @@ import corruptions
 import data
 from augment import views_of
 from cli import Stop
-from model import ContrastiveModel, embed
+from model import ContrastiveModel, embed, unit
 
 KNOBS = {
     "data_dir": (None, str, "folder of the data, and of the -C sets (default: the run's own)"),
@@ -64,7 +63,9 @@ def partner_ranks(u: Tensor, v: Tensor, cosine: bool = True) -> Tensor:
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise ValueError("u or v holds NaN or infinity: embed with a model whose loss is finite")
     u, v = (x if x.dtype == torch.float64 else x.float() for x in (u, v))
-    u, v = (F.normalize(x, dim=1) if cosine else x for x in (u, v))
+    # One factor for all rows changes no rank, and products stay in range.
+    tiny = torch.finfo(u.dtype).tiny
+    u, v = (unit(x) if cosine else x / x.abs().max().clamp(min=tiny) for x in (u, v))
     rounding = (8 + u.shape[1] ** 0.5) * torch.finfo(u.dtype).eps * u.norm(dim=1).max() * v.norm(dim=1).max()
     n, bound = len(u), (u * v).sum(1) - rounding
     ranks = u.new_zeros(2, n)  # counts are exact up to 2^24

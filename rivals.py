@@ -6,13 +6,12 @@ global one). No row is in two batches; the last n % B rows are in none. All work
 for wrong shapes, NaN, temperature <= 0, a batch_size outside [2, n].
 """
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from torch import Generator, Tensor
 
-from samplers import _check, _check_size, spectral_affinity
+from samplers import _check, _check_size, _unit, spectral_affinity
 
 
 def _similarities(u: Tensor, v: Tensor, batch_size: int) -> Tensor:
@@ -20,8 +19,8 @@ def _similarities(u: Tensor, v: Tensor, batch_size: int) -> Tensor:
     _check(u, v, 1.0, read=True)
     _check_size(len(u), batch_size)
     whole = len(u) // batch_size * batch_size
-    u, v = (F.normalize(x[:whole].detach().cpu().float(), dim=1) for x in (u, v))
-    return u @ v.T
+    u, v = _unit(*(x[:whole].detach().cpu() for x in (u, v)))
+    return u.float() @ v.float().T
 
 
 def gcbs(u: Tensor, v: Tensor, batch_size: int, quantile: float | None = None) -> Tensor:

@@ -109,6 +109,8 @@ def test_ranks_among_own_versions():
     assert whole.shape == (2, 9, 5)
     assert torch.equal(whole, torch.stack([partner_ranks(*pair) for pair in zip(u, v)], 1))
     assert (own_version_ranks(u, 3.3 * u) == 1).all()
+    for power in (64, 100, -44, -100):
+        assert torch.equal(own_version_ranks(u * 2.0 ** power, v), whole)
     assert own_version_ranks(u[:, :1].expand_as(u), v[:, :1].expand_as(v)).unique().tolist() == [5]  # ties
 
 
@@ -134,6 +136,10 @@ def test_probe_is_what_its_docstring_says():
     features = (0.15 * torch.randn(3, 75, generator=g))[labels] + torch.randn(600, 75, generator=g)
     found = corruptions.probe(features[:300], labels[:300], features[300:], labels[300:], 0, "")
     near, linear = found["knn"][0], found["linear"][0]
+    for scale in (2.0 ** 70, 2.0 ** -70):  # bit for bit
+        x, new = scale * features[:300], scale * features[300:]
+        scaled = corruptions.probe(x, labels[:300], new, labels[300:], 0, "")
+        assert all(np.array_equal(scaled[name], found[name]) for name in found)
     x, y = features.double().numpy(), labels.numpy()
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     for i in range(300, 600):

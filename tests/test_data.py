@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import shutil
+import socket
+import struct
 import tarfile
 import urllib.error
 import urllib.request
@@ -159,6 +161,19 @@ def test_cifar100(tmp_path, monkeypatch):
     assert cached(packed.parent) == sorted(ONE_CACHE * 2)  # no folder in which it was unpacked
 
 
+def test_a_download_that_stalls_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", URLOPEN)
+    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("localhost", 0)) as server:  # which never answers
+        url = f"http://localhost:{server.getsockname()[1]}/x.zip"
+        monkeypatch.setattr(data, "TINY_URL", url)
+        monkeypatch.setattr(data.CIFAR100, "url", url)
+        for dataset in ("tinyimagenet", "cifar100"):
+            refused(OSError, f"download failed .*timed out.*: fetch {url}", dataset, "train", tmp_path)
+    assert socket.getdefaulttimeout() is None
+
+
 def halves(mode="RGB", left=RED, right=BLUE, size=(64, 64)):
     image = Image.new(mode, size, left)
     image.paste(right, (size[0] // 2, 0, *size))
@@ -192,7 +207,8 @@ def odd_images():
             ("16.pgm", np.int32, 60 * 257, 180 * 257), ("1.tif", np.float32, 60 / 255, 180 / 255),
             ("255.tif", np.float32, 60, 180), ("65535.tif", np.float32, 60 * 257, 180 * 257),
             ("int.tif", np.int32, 60 * 257, 180 * 257), ("negative.tif", np.float32, -3, 7),
-            ("nan.tif", np.float32, np.nan, 255), ("more.tif", np.int32, 100_000, 200_000)):
+            ("nan.tif", np.float32, np.nan, 255), ("more.tif", np.int32, 100_000, 200_000),
+            ("u32.tif", np.uint32, 60 * 0x1010101, 180 * 0x1010101), ("mu32.tif", np.uint32, 10**5, 10**6)):
         colours = (BLACK, WHITE) if name[0] in "nm" else (DARK, LIGHT)
         values = np.where(np.arange(64) < 32, left, right).astype(dtype)[None].repeat(64, 0)
         cases[name] = (Image.fromarray(values), {}, *colours)
@@ -204,6 +220,9 @@ def test_odd_images(tmp_path):
     cases, found, wrong = odd_images(), {}, {}
     for name, (image, options, _, _) in cases.items():
         image.save(tmp_path / name, **options)
+        if "u32" in name:  # Pillow writes all as signed
+            signs = (struct.pack("<HHII", 339, 3, 1, kind) for kind in (2, 1))
+            (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(*signs))
     for split in ("train", "val"):
         images = data.load("folder", split, tmp_path, source_size=48)[0]
         found |= dict(zip(data.folder_source(tmp_path, split)[2]()[0], images.float(), strict=True))

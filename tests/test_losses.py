@@ -136,6 +136,21 @@ def test_losses_at_low_temperatures(name, temperature, autocast):
     assert all(a.grad.abs().max() > 0.01 for a in single)
 
 
+@pytest.mark.parametrize("scale, dtype", [*((x, torch.float32) for x in (1e19, 1e30, 1e-13, 1e-30)),
+                                          (1e200, torch.float64), (1e-200, torch.float64)])
+@pytest.mark.parametrize("loss", [nt_xent, dcl, hcl, lambda a, b: SogCLRLoss(9)(a, b, torch.arange(len(a)))])
+def test_losses_of_rows_of_any_length(loss, scale, dtype):
+    x = torch.randn(2, 6, 16, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 0  # as zeros, whose gradient the scale leaves as it is
+    one, other = x.clone().requires_grad_(), (x * scale).requires_grad_()
+    values = [loss(*z) for z in (one, other)]
+    torch.testing.assert_close(*values)
+    for value in values:
+        value.backward()
+    torch.testing.assert_close(one.grad[:, 1:], other.grad[:, 1:] * scale, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.grad[0, 0], other.grad[0, 0], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("loss", [nt_xent, dcl, hcl, lambda a, b: SogCLRLoss(9)(a, b, torch.arange(len(a)))])
 def test_losses_refuse_wrong_shapes(loss):
     for a, b in ((3, 2), (4, 2)), ((1, 2), (1, 2)), ((3,), (3,)):

@@ -1,12 +1,16 @@
 """Tests of report.py on made-up result files.  Run: pytest tests/test_report.py"""
+import errno
 import json
+import os
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
 
 import cli
 import report
+from test_synthetic import lost
 
 PNG = b"a picture"
 MADE = {"command": "python made_up.py", "time": "2026-03-04T05:06:07+0000", "commit": "0123456789abc+changes",
@@ -115,3 +119,21 @@ def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
     assert "None of your runs has been trained and evaluated yet: bash run_all.sh does it." in words
     assert "Not there yet: results/samplers.json, results/synthetic/toy.json, " in words
     assert "recorded" in words
+
+
+@pytest.mark.parametrize("kind", ["full", "pipe"])
+def test_lost_output_costs_no_report(kind, full, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", lost(kind))
+    assert cli.run(report.main, "report.py", ["--results", str(full[0]), "--runs", str(full[1])]) == 0
+    assert (full[0] / "report.html").read_text().endswith("</html>\n")
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(full, monkeypatch, capsys):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(full[0] / "report.html", b"the last one")
+    monkeypatch.setattr(os, "fsync", no_space)
+    assert cli.run(report.main, "report.py", ["--results", str(full[0])]) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device; free some space" in err and err.count("\n") == 1
+    assert (full[0] / "report.html").read_bytes() == b"the last one" and not list(full[0].glob(".*"))

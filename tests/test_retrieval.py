@@ -30,6 +30,7 @@ from deadleaves import deadleaves
 from model import ContrastiveModel, embed
 from retrieval import partner_ranks, retrieval_metrics
 from test_corruptions import cifar_c
+from test_synthetic import lost
 
 REFERENCE = np.load(Path(__file__).parent / "reference.npz")
 PLAIN = {name: default for name, (default, *_) in retrieval.KNOBS.items()}
@@ -70,6 +71,18 @@ def test_ties_count_against_the_model_also_up_to_rounding(dtype):
     assert partner_ranks(axes, axes).tolist() == [[1] * 6] * 2
     # 0 is as near as four others
     assert partner_ranks(axes, axes[[1, 0, 2, 3, 4, 5]]).tolist() == [[6, 6, 1, 1, 1, 1]] * 2
+
+
+@pytest.mark.parametrize("power, dtype", [*((x, torch.float32) for x in (64, 100, -44, -100)),
+                                          (664, torch.float64), (-664, torch.float64)])
+def test_ranks_of_rows_of_any_length(power, dtype):
+    scale = 2.0 ** power  # which rounds nothing
+    u, v = torch.randn(2, 300, 8, dtype=dtype, generator=Generator().manual_seed(0))
+    length = torch.tensor([scale, 1 / scale], dtype=dtype).repeat(150)[:, None]
+    assert torch.equal(partner_ranks(u * length, v * scale), partner_ranks(u, v))
+    for z in (v, v * scale):
+        assert torch.equal(partner_ranks(u * scale, z, cosine=False), partner_ranks(u, v, cosine=False))
+    assert (partner_ranks(0 * u, v, cosine=False) == 300).all()
 
 
 def test_ranks_are_those_of_sorting():
@@ -181,6 +194,28 @@ def test_tables_of_the_exported_file_are_those_of_the_runs(runs, tmp_path, capsy
     assert str(runs).encode() not in gzip.decompress(file.read_bytes())
     run = compare.read_file(file)[0]
     assert run.made_by["commit"] and run.made_by["versions"]["torch"] and run.log[-1]["seconds_training"] > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "pipe"])
+def test_lost_output_costs_no_results(kind, runs, tmp_path, monkeypatch):
+    file = tmp_path / "runs.json.gz"
+    for script, words in ((retrieval, small(tmp_path, runs / "random-0", "--export", file)),
+                          (compare, [str(file), "--out", str(tmp_path)])):
+        monkeypatch.setattr(sys, "stdout", lost(kind))
+        assert cli.run(script.main, script.__name__, words) == 0
+    assert {x.name for x in tmp_path.iterdir()} >= {"retrieval.json", "runs.json.gz", "curve.png"}
+
+
+def test_a_folder_that_exists_is_no_pattern(runs, tmp_path, capsys):
+    for name in ("seed[1]", "seed1", "*"):
+        twin(runs / "random-0", tmp_path / name, noise=0.02)
+    for word, found in (("seed[1]", ["seed[1]"]), ("*", ["*"]), ("seed[0-9]", ["seed1"]),
+                        ("seed*", ["seed1", "seed[1]"])):
+        assert [run.folder for run in compare.read_runs([str(tmp_path / word)])] == [
+            tmp_path / x for x in found], word
+    retrieval.main(small(tmp_path / "out", tmp_path / "seed[1]"))
+    assert "seed[1]: two views, 64 images" in capsys.readouterr().out
+    assert [path.parent.name for path in tmp_path.rglob("results.json")] == ["seed[1]"]
 
 
 def test_scores_are_those_of_a_plain_loop(runs):
@@ -333,12 +368,18 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, monkeypatch):
         assert words in refusal(capsys, monkeypatch, *argv, *["--out", out] * ("--out" not in argv)), argv
 
 
-def test_official_corruptions_through_the_command(runs, tmp_path, monkeypatch):
-    """A made-up CIFAR-100 of three images: the scores' name is the set's, the data are found beside it."""
+def test_official_corruptions_through_the_command(runs, tmp_path, monkeypatch, capsys):
+    """A made-up CIFAR-100 of three images: the scores' name is the set's, the data are found beside it, and
+    what is kept is not of another set."""
     run = twin(runs / "random-0", tmp_path / "run", dataset="cifar100", limit=None)
     monkeypatch.setattr(data, "load", lambda *x, **_: deadleaves(x[1], 3, 0))
     cifar_c(tmp_path / "CIFAR-100-C")
-    retrieval.main([str(run), "--out", str(tmp_path / "out"), "--corruptions", "official", "--repeats", "1",
-                    "--data-dir", str(tmp_path)])
+    argv = [str(run), "--out", str(tmp_path / "out"), "--corruptions", "official", "--repeats", "1",
+            "--data-dir", str(tmp_path)]
+    for changed, made in (False, 2), (False, 0), (True, 1):
+        if changed:
+            os.utime(tmp_path / "CIFAR-100-C" / "fog.npy", ns=(1, 1))
+        retrieval.main(argv)
+        assert capsys.readouterr().out.count(" 3 images: ") == made
     row = json.loads((tmp_path / "out" / "retrieval.json").read_text())["corruptions, CIFAR-100-C"][0]
     assert row["images"] == 3 and 0 <= row["severity_5"] <= 1

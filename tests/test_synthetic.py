@@ -2,9 +2,11 @@
 
     python -m pytest tests/test_synthetic.py
 """
+import errno
 import itertools
 import json
 import math
+import os
 import sys
 
 import numpy as np
@@ -266,7 +268,41 @@ def test_quick_leaves_out_what_it_cannot_settle(monkeypatch, tmp_path):
     assert ran == small + small + ["temperature", "scaling"]
 
 
+def lost(kind: str):
+    """A stdout behind which the disk is full, or of `| head` that has ended."""
+    if kind == "full":
+        return open("/dev/full", "w", buffering=1)
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", buffering=1)
+
+
+@pytest.mark.parametrize("kind", ["full", "pipe"])
+def test_lost_output_costs_no_results(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "EXPERIMENTS", dict.fromkeys("ab", synthetic.EXPERIMENTS["angle"]))
+    monkeypatch.setattr(cli, "save_figure", lambda figure, path: None)  # which takes seconds
+    monkeypatch.setattr(sys, "stdout", lost(kind))
+    assert run(monkeypatch, *SMALL, "--out", tmp_path) == 0
+    assert all(json.loads((tmp_path / f"{x}.json").read_text())["claims"] for x in "ab")
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    argv = *SMALL, "--experiment", "angle", "--out", tmp_path
+    monkeypatch.setattr(cli, "save_figure", lambda figure, path: None)
+    assert run(monkeypatch, *argv) == 0
+    before = (tmp_path / "angle.json").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(monkeypatch, *argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("synthetic.py: error: cannot write ") and err.count("\n") == 1
+    assert "No space left on device; free some space" in err
+    assert [x.read_bytes() for x in tmp_path.iterdir()] == [before]
+
+
 @pytest.mark.parametrize("argv, words", [
+    (["--out", "/proc", "--experiment", "angle"], ["cannot write /proc/angle.png", "another folder"]),
     (["--experiment", "toys"], ["toys", "did you mean toy?"]), (["--seeds", "1"], ["--seeds 1", ">= 2"]),
     (["--lr", "0"], ["--lr 0", "> 0"]), (["--out", "file/out"], ["file", "give a folder"])])
 def test_bad_input_is_one_line(argv, words, tmp_path, capsys, monkeypatch):
