@@ -53,7 +53,9 @@ def read_runs(words: list[str]) -> list[Run]:
     folders, runs = [], []
     for word in words:
         path = cli.expand(word)
-        found = sorted(glob.glob(f"{path}/")) if glob.has_magic(word) and not path.is_dir() else [path]
+        root = next(x for x in (path, *path.parents) if x.is_dir())  # taken as it is, no pattern
+        rest = f"{path.relative_to(root)}/"
+        found = sorted(root / x for x in glob.glob(rest, root_dir=root)) if glob.has_magic(rest) else [path]
         if not found:
             raise Stop(f"{word} matches no folder: give folders that hold a result.json")
         folders += map(Path, found)

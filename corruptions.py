@@ -232,8 +232,9 @@ def draw_histograms(losses: dict[str, dict[str, np.ndarray]]):
 def features(encoder: nn.Module, images: Tensor, rows: Tensor, size: int, mean: tuple, std: tuple,
              device: torch.device) -> Tensor:
     """encoder's [n, d], float32, of images[rows] as they are, brought to size x size and normalised."""
-    found = []
+    found, tick = [], cli.progress("features", len(rows), "images")
     for part in rows.split(256):
+        tick(256 * len(found))
         x = F.interpolate(images[part].to(device) / 255, (size, size), mode="bilinear", antialias=True)
         x = normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
         found.append(encoder(x).float())

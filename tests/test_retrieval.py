@@ -207,10 +207,11 @@ def test_lost_output_costs_no_results(kind, runs, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_exists_is_no_pattern(runs, tmp_path, capsys):
-    for name in ("seed[1]", "seed1", "*"):
+    for name in ("seed[1]", "seed1", "*", "a[1]/seed2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         twin(runs / "random-0", tmp_path / name, noise=0.02)
     for word, found in (("seed[1]", ["seed[1]"]), ("*", ["*"]), ("seed[0-9]", ["seed1"]),
-                        ("seed*", ["seed1", "seed[1]"])):
+                        ("seed*", ["seed1", "seed[1]"]), ("a[1]/*", ["a[1]/seed2"])):
         assert [run.folder for run in compare.read_runs([str(tmp_path / word)])] == [
             tmp_path / x for x in found], word
     retrieval.main(small(tmp_path / "out", tmp_path / "seed[1]"))
