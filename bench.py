@@ -90,18 +90,20 @@ def show(row: dict, heading: bool) -> None:
         cli.say("".join(map(format, cells, widths)).rstrip())
 
 
-def read_pairs(file: str) -> dict[str, tuple]:
-    """u, v [n, d] and class ids [n] or None by name, of the arrays of a .npz. Raises Stop."""
+def read_pairs(file: str, least: int) -> dict[str, tuple]:
+    """u, v [n, d], n >= least, and class ids [n] or None by name, of the arrays of a .npz. Raises Stop."""
     try:
         with np.load(cli.expand(file)) as found:
             arrays = {name: torch.from_numpy(x) for name, x in found.items()}
-        sets = {name: (arrays[name + "_u"].float(), arrays[name + "_v"].float(), arrays.get(name + "_labels"))
-                for name in (x[:-2] for x in arrays if x.endswith("_u"))}
+        sets = {name.rstrip("_") or "embeddings":
+                (arrays[name + "u"].float(), arrays[name + "v"].float(), arrays.get(name + "labels"))
+                for name in (x[:-1] for x in arrays if x == "u" or x.endswith("_u"))}
         if not sets:
             raise ValueError("no NAME_u")
         for name, (u, v, labels) in sets.items():
-            if not len(v) == len(u if labels is None else labels) == len(u) >= B * K:
-                raise ValueError(f"{name} has {len(u)} pairs of at least {B * K}, or arrays that do not fit")
+            if not len(v) == len(u if labels is None else labels) == len(u) >= least:
+                raise ValueError(f"{name} has {len(u)} pairs of at least {least}, or arrays that do not fit")
+            samplers._check(u, v, TEMPERATURE)
         return sets
     except Exception as error:  # np.load fails in many ways on what is not its own
         raise Stop(f"--embeddings {file}: {error or type(error).__name__}; give a .npz with arrays NAME_u, "
@@ -280,7 +282,7 @@ def main(argv: list[str]) -> None:
             other = runpy.run_path(knobs["against"]) if knobs["against"] else {"spectral_batches": None}
             if "spectral_batches" not in other:
                 raise Stop(f"--against {knobs['against']}: no spectral_batches in it; give a samplers.py")
-            sets = (read_pairs(knobs["embeddings"]) if knobs["embeddings"] else
+            sets = (read_pairs(knobs["embeddings"], B * K) if knobs["embeddings"] else
                     {"deadleaves": embed_short_run(2 * K * B, device)})
             record = bench_samplers(sets, other["spectral_batches"], device)
             if knobs["pairs"]:

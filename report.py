@@ -25,7 +25,7 @@ ROWS = [
     ("paper", "optima", "Trained on all small batches, embeddings end there: relative distance", "all N"),
     ("paper", "subsets", "Trained on fixed small batches, they end above it: by so much loss", "fixed"),
     ("paper", "convergence", "Hard batches come near the optimum in so many times fewer steps", r"\(6\).*st"),
-    ("paper", "histograms", "Spectral batches have a higher loss than shuffled ones: by", "spectral.*SGD"),
+    ("paper", "histograms", "Spectral batches have a higher loss than shuffled ones: by", "spectral.*random"),
     ("us", "convergence", "So many times less work, when all pairs looked at count", r"\(6\).*pairs"),
     ("us", "temperature", "The lead at temperature 0.1, as a share of that at 1", r"\(6\).* x temperature"),
     ("us", "scaling", "The lead grows with the number of samples: so many times", r"\(6\)")]
