@@ -157,16 +157,16 @@ def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: tor
         rows, tick = {}, cli.progress("choosing", len(methods[0]), "samplers")
         for method in methods[0]:
             losses, shares = np.zeros((3, len(windows))), []
-            for seed, i in np.ndindex(losses.shape):
+            for done, (seed, i) in enumerate(np.ndindex(losses.shape)):
                 g.manual_seed(seed)
                 (u, v, labels), batches = windows[i], methods[i][method]()
                 losses[seed, i] = samplers.batch_losses(u, v, batches, TEMPERATURE).mean()
+                tick(len(rows) + (done + 1) / losses.size)
                 if labels is not None:
                     y = labels[batches]
                     shares.append((y[:, :, None] == y[:, None]).double().mean().item() * B - 1)
             rows[method] = {"embeddings": name, "sampler": method, "loss": np.median(losses.mean(1)).item(),
                             "same_class": np.mean(shares).item() / (B - 1) if shares else None}
-            tick(len(rows))
         matrix = torch.randn(n, n, dtype=torch.float64, device=device)  # eigh reads one half of it
         eigh, *took = seconds(lambda: torch.linalg.eigh(matrix), *methods[0].values())
         random, released = rows["random"]["loss"], rows["released spectral"]["loss"]
@@ -181,6 +181,7 @@ def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: tor
 
 def bench_window(n: int, device: torch.device) -> dict:
     """Refined batches of n made-up pairs as one window: time, memory."""
+    cli.say(f"one window of {n:,} pairs, chosen from three times")
     u, v = torch.randn(2, n, 128, device=device)
     def choose() -> Tensor:
         return samplers.spectral_batches(u, v, B, n // B, refine=True)
@@ -202,6 +203,7 @@ class Operations(TorchDispatchMode):
 def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
     """Time, operations and arithmetic of train.py's own step, beside the product a @ a of a [n, n]."""
     if mode == "compile":
+        cli.say("compiling, up to a minute", sys.stderr)
         torch.compiler.reset()  # else another size is a recompilation, of which there may be few
     words = f"--sampler random --image-size {size} --batch-size {batch_size} --step {mode}"
     side = min(size, 64)  # before augmentation, as in the paper's data sets
@@ -212,8 +214,10 @@ def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
     def step() -> None:
         trained.place.zero_()  # of the losses, which nobody reads here
         trained(rows, uniform, 0.01)
-    for _ in range(train.WARM + 1):  # the last one captures
+    tick = cli.progress(f"first steps, {size} px, B = {batch_size}", train.WARM + 1, "steps")
+    for i in range(train.WARM + 1):  # the last one captures
         step()
+        tick(i + 1)
     with Operations() if mode != "compile" else contextlib.nullcontext() as counter:
         step()  # under the counter a compiled network would run as it was before
     calls = max(1, round(0.3 / seconds(step, rounds=1)[0]))  # a third of a second of steps a round

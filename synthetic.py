@@ -392,7 +392,7 @@ def run(name: str, knobs: dict, out: Path) -> None:
     cli.write_atomically(out / f"{name}.json", json.dumps(finite).encode())
     cli.say(f"== {name}: {record['about']}")
     for c in claims:
-        value, low, high = map(digits, (c["measured"], *c["interval"]))
+        value, low, high = map(digits, (c["measured"], *c["measured_interval"]))
         cli.say(f"{c['verdict']:<14} {c['claim']}: {value} [{low}, {high}]; {c['form']}")
 
 

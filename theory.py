@@ -223,8 +223,8 @@ def claim(text: str, measured, allowed: tuple[float, float], form: str, asked_by
     value, low, high = measured if isinstance(measured, tuple) else (measured,) * 3
     inside, outside = allowed[0] <= low and high <= allowed[1], high < allowed[0] or low > allowed[1]
     verdict = "holds" if inside else "does not hold" if outside else "not settled"
-    return {"claim": text, "measured": value, "interval": (low, high), "allowed": allowed, "form": form,
-            "asked_by": asked_by, "verdict": verdict}
+    return {"claim": text, "measured": value, "measured_interval": (low, high), "allowed": allowed,
+            "form": form, "asked_by": asked_by, "verdict": verdict}
 
 
 def growth(text: str, first: tuple, last: tuple, form: str, asked_by: str = "paper") -> dict:

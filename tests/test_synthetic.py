@@ -200,7 +200,7 @@ def test_verdicts_follow_from_the_data():
     assert [verdict(x) for x in (near, far, between)] == ["holds", "does not hold", "not settled"]
     assert [verdict(x) for x in (0.05, 0.06, (math.nan,) * 3)] == ["holds", "does not hold", "not settled"]
     assert verdict((1.2, 1.0, 1.5), synthetic.ABOVE_1) == "not settled"
-    assert claim("", near, (0, 0.05), "")["interval"] == interval(near)[1:]
+    assert claim("", near, (0, 0.05), "")["measured_interval"] == interval(near)[1:]
     small, large = (2.0, 1.8, 2.2), (6.0, 5.0, 7.0)
     pairs = (small, large), (large, small), (large, (6.5, 5.0, 7.0))
     assert [growth("", *x, "")["verdict"] for x in pairs] == ["holds", "does not hold", "not settled"]
