@@ -44,16 +44,11 @@ ABOVE_1 = math.nextafter(1, 2), inf  # an interval that ends at 1 does not lie i
 CHOOSING = "osgd-direct", "osgd-replacement", "osgd", "spectral"  # those that look before they step
 
 
-def band(axis, x, values, label: str, colour: str, **look) -> None:
-    """(value, low, high) [T, 3] against x [T]."""
-    middle, low, high = np.transpose(values)
-    axis.plot(x, middle, color=colour, label=label, **look)
+def band(axis, x, values, label: str, colour: str) -> None:
+    """Median and quartiles of values [R, T] against x [T]."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+    axis.plot(x, middle, color=colour, label=label)
     axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-
-
-def quartiles(values) -> np.ndarray:
-    """Median and quartiles [T, 3] of values [R, T]."""
-    return np.quantile(values, (0.5, 0.25, 0.75), axis=0).T
 
 
 # ------------------------------------------------------------------------------------------ experiments
@@ -71,7 +66,7 @@ def toy(runs, steps, generator, knobs):
             many = 1 if method == "osgd-direct" else runs
             path = toy_curves(method, many, steps, lr, min(tolerances), generator, shown, **knobs["kind"])
             for axis, x in zip(line, path[..., :shown + 1].numpy()):
-                band(axis, np.arange(x.shape[1]), quartiles(x), label, colour)
+                band(axis, np.arange(x.shape[1]), x, label, colour)
             first = {t: first_steps(path[1], t) for t in tolerances}
             numbers += [{"lr": lr, "method": method, "tolerance": t, "steps": x.tolist()}
                         for t, x in first.items()]
@@ -212,7 +207,7 @@ def convergence(runs, steps, generator, knobs):
                                   lengths if released else None, lambda share: tick(len(numbers) + share))
                 costs = 1, evaluations(method, n, 2)
                 for axis, cost in zip(pair, costs):
-                    band(axis, shown * every * cost, quartiles(distances[:, shown]), *METHODS[method])
+                    band(axis, shown * every * cost, distances[:, shown], *METHODS[method])
                 if method == "sgd":
                     tolerance, sgd, cost_of_sgd = nearest(distances, 0.1), distances, costs[1]
                 lead = speedup(sgd, distances, tolerance)
@@ -265,7 +260,7 @@ def subsets(runs, steps, generator, knobs):
                 tick(len(gaps) + (step + 1) / steps)
             gaps[name] = (infonce(u, v) - optimum(8, 16)[1]).cpu().numpy()
             numbers.append({"batch_size": b, "family": name, "of": every, "gap": gaps[name].tolist()})
-        band(axis, 100 * np.array(sizes) / every, quartiles(np.transpose([gaps[size] for size in sizes])),
+        band(axis, 100 * np.array(sizes) / every, np.transpose([gaps[size] for size in sizes]),
              "random subset", COLOURS["random"])
         closed = min((size for size in sizes if gaps[size].max() < 1e-5), default=every)
         claims += [claim(f"B = {b}: all {every} batches end at the full batch's optimum", np.abs(gaps[every]),
@@ -360,7 +355,9 @@ def lead_against(label: str, settings: dict, methods: tuple, runs: int, generato
         leads = {x: speedup(curves[x, "sgd"], curves[x, method], tolerance) for x in settings}
         numbers += [{label: x, "method": method, "tolerance": tolerance, "sgd_over_this": lead}
                     for x, lead in leads.items()]
-        band(axis, list(leads), list(leads.values()), name, colour, marker="o")
+        middle, low, high = np.transpose(list(leads.values()))
+        axis.plot(list(leads), middle, "o-", color=colour, label=name)
+        axis.fill_between(list(leads), low, high, color=colour, alpha=0.2, linewidth=0)
         claims.append(growth(f"{name}: lead over SGD at least as large at {label} {last:g} as at {least:g}",
                              leads[least], leads[last], f"in steps to relative distance {tolerance:g}", "us"))
     axis.axhline(1, color="black", linewidth=0.6, linestyle=":")

@@ -259,7 +259,9 @@ def test_every_experiment_writes_its_record(name, tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("name", synthetic.EXPERIMENTS)
-def test_experiments_repeat_also_on_a_gpu_and_mix_no_devices(name):
+def test_experiments_repeat_also_on_a_gpu_and_tell_how_far_they_are(name, monkeypatch):
+    told = []
+    monkeypatch.setattr(synthetic, "progress", lambda _, total, unit: lambda done: told.append(done / total))
     u = torch.randn(2, 96, 8, generator=seeded())
     knobs = {"seed": 0, "lr": 0.5, "quick": True, "pairs": {"given": (*u, None)}}
 
@@ -271,6 +273,8 @@ def test_experiments_repeat_also_on_a_gpu_and_mix_no_devices(name):
     with GPU():
         found = numbers("cuda")
     assert found == numbers("cpu")
+    if name not in ("toy", "angle"):
+        assert told[-1] == pytest.approx(1) and np.diff(told).max() < 0.2
 
 
 @pytest.mark.parametrize("method", METHODS)
