@@ -90,18 +90,20 @@ def show(row: dict, heading: bool) -> None:
         cli.say("".join(map(format, cells, widths)).rstrip())
 
 
-def read_pairs(file: str) -> dict[str, tuple]:
-    """u, v [n, d] and class ids [n] or None by name, of the arrays of a .npz. Raises Stop."""
+def read_pairs(file: str, least: int) -> dict[str, tuple]:
+    """u, v [n, d], n >= least, and class ids [n] or None by name, of the arrays of a .npz. Raises Stop."""
     try:
         with np.load(cli.expand(file)) as found:
             arrays = {name: torch.from_numpy(x) for name, x in found.items()}
-        sets = {name: (arrays[name + "_u"].float(), arrays[name + "_v"].float(), arrays.get(name + "_labels"))
-                for name in (x[:-2] for x in arrays if x.endswith("_u"))}
+        sets = {name.rstrip("_") or "embeddings":
+                (arrays[name + "u"].float(), arrays[name + "v"].float(), arrays.get(name + "labels"))
+                for name in (x[:-1] for x in arrays if x == "u" or x.endswith("_u"))}
         if not sets:
             raise ValueError("no NAME_u")
         for name, (u, v, labels) in sets.items():
-            if not len(v) == len(u if labels is None else labels) == len(u) >= B * K:
-                raise ValueError(f"{name} has {len(u)} pairs of at least {B * K}, or arrays that do not fit")
+            if not len(v) == len(u if labels is None else labels) == len(u) >= least:
+                raise ValueError(f"{name} has {len(u)} pairs of at least {least}, or arrays that do not fit")
+            samplers._check(u, v, TEMPERATURE)
         return sets
     except Exception as error:  # np.load fails in many ways on what is not its own
         raise Stop(f"--embeddings {file}: {error or type(error).__name__}; give a .npz with arrays NAME_u, "
@@ -155,16 +157,16 @@ def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: tor
         rows, tick = {}, cli.progress("choosing", len(methods[0]), "samplers")
         for method in methods[0]:
             losses, shares = np.zeros((3, len(windows))), []
-            for seed, i in np.ndindex(losses.shape):
+            for done, (seed, i) in enumerate(np.ndindex(losses.shape)):
                 g.manual_seed(seed)
                 (u, v, labels), batches = windows[i], methods[i][method]()
                 losses[seed, i] = samplers.batch_losses(u, v, batches, TEMPERATURE).mean()
+                tick(len(rows) + (done + 1) / losses.size)
                 if labels is not None:
                     y = labels[batches]
                     shares.append((y[:, :, None] == y[:, None]).double().mean().item() * B - 1)
             rows[method] = {"embeddings": name, "sampler": method, "loss": np.median(losses.mean(1)).item(),
                             "same_class": np.mean(shares).item() / (B - 1) if shares else None}
-            tick(len(rows))
         matrix = torch.randn(n, n, dtype=torch.float64, device=device)  # eigh reads one half of it
         eigh, *took = seconds(lambda: torch.linalg.eigh(matrix), *methods[0].values())
         random, released = rows["random"]["loss"], rows["released spectral"]["loss"]
@@ -179,6 +181,7 @@ def bench_samplers(sets: dict[str, tuple], against: Callable | None, device: tor
 
 def bench_window(n: int, device: torch.device) -> dict:
     """Refined batches of n made-up pairs as one window: time, memory."""
+    cli.say(f"one window of {n:,} pairs, chosen from three times")
     u, v = torch.randn(2, n, 128, device=device)
     def choose() -> Tensor:
         return samplers.spectral_batches(u, v, B, n // B, refine=True)
@@ -200,6 +203,7 @@ class Operations(TorchDispatchMode):
 def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
     """Time, operations and arithmetic of train.py's own step, beside the product a @ a of a [n, n]."""
     if mode == "compile":
+        cli.say("compiling, up to a minute", sys.stderr)
         torch.compiler.reset()  # else another size is a recompilation, of which there may be few
     words = f"--sampler random --image-size {size} --batch-size {batch_size} --step {mode}"
     side = min(size, 64)  # before augmentation, as in the paper's data sets
@@ -210,8 +214,10 @@ def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
     def step() -> None:
         trained.place.zero_()  # of the losses, which nobody reads here
         trained(rows, uniform, 0.01)
-    for _ in range(train.WARM + 1):  # the last one captures
+    tick = cli.progress(f"first steps, {size} px, B = {batch_size}", train.WARM + 1, "steps")
+    for i in range(train.WARM + 1):  # the last one captures
         step()
+        tick(i + 1)
     with Operations() if mode != "compile" else contextlib.nullcontext() as counter:
         step()  # under the counter a compiled network would run as it was before
     calls = max(1, round(0.3 / seconds(step, rounds=1)[0]))  # a third of a second of steps a round
@@ -280,7 +286,7 @@ def main(argv: list[str]) -> None:
             other = runpy.run_path(knobs["against"]) if knobs["against"] else {"spectral_batches": None}
             if "spectral_batches" not in other:
                 raise Stop(f"--against {knobs['against']}: no spectral_batches in it; give a samplers.py")
-            sets = (read_pairs(knobs["embeddings"]) if knobs["embeddings"] else
+            sets = (read_pairs(knobs["embeddings"], B * K) if knobs["embeddings"] else
                     {"deadleaves": embed_short_run(2 * K * B, device)})
             record = bench_samplers(sets, other["spectral_batches"], device)
             if knobs["pairs"]:

@@ -4,6 +4,7 @@ files that are never half-written, the record of what made a result, progress, a
 import argparse
 import contextlib
 import difflib
+import functools
 import io
 import math
 import operator
@@ -68,15 +69,12 @@ def nearest(word: str, words) -> str:
     return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(words)}"
 
 
-def checked(name: str, allowed, text: str):
+def checked(flag: str, allowed, text: str):
     """The value of a knob from the command line's text; raises Stop when it is not allowed."""
-    flag = "--" + name.replace("_", "-")
-    if allowed is str:
+    if allowed is str or isinstance(allowed, tuple) and text in allowed:
         return text
     if isinstance(allowed, tuple):
-        if text not in allowed:
-            raise Stop(f"{flag} {text}: unknown{nearest(text, allowed)}")
-        return text
+        raise Stop(f"{flag} {text}: unknown{nearest(text, allowed)}")
     kind, *bounds = allowed.split()
     limits = list(zip(bounds[::2], bounds[1::2]))
     with contextlib.suppress(ValueError, OverflowError):
@@ -101,36 +99,30 @@ def parse(argv: list[str], description: str, knobs: dict, dataset_defaults: dict
         formatter_class=argparse.RawDescriptionHelpFormatter)
     flags = {name: "--" + name.replace("_", "-") for name in knobs}
     for name, (default, allowed, text) in knobs.items():
-        own = {key: defaults[name] for key, defaults in dataset_defaults.items() if name in defaults}
-        if own:
-            text += f" (default: {', '.join(f'{value} {key}' for key, value in own.items())})"
-        elif default is not None and default is not False:
-            text += f" (default: {default})"
+        own = [f"{defaults[name]} {key}" for key, defaults in dataset_defaults.items() if name in defaults]
+        if own or default is not None and default is not False:
+            text += f" (default: {', '.join(own) or default})"
         kind = "|".join(allowed) if isinstance(allowed, tuple) else "WORD" if allowed is str else None
-        action = {"action": "store_true"} if allowed is bool else {"metavar": kind or allowed.split()[0]}
+        action = {"action": "store_true"} if allowed is bool else {
+            "metavar": kind or allowed.split()[0], "type": functools.partial(checked, flags[name], allowed)}
         parser.add_argument(flags[name], default=None, help=text.replace("%", "%%"), **action)
     try:
-        given, unknown = parser.parse_known_args(argv)
+        found, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise Stop(f"{error.argument_name}: {error.message}; see --help") from None
     free = [word for word in unknown if words and not word.startswith("-")]
     for word in unknown:
         if word not in free:
             raise Stop(f"{word}: unknown{nearest(word.split('=')[0], flags.values())}")
-    values = {words: free} if words else {}
-    for name, (default, allowed, _) in knobs.items():
-        text = getattr(given, name)
-        values[name] = default if text is None else True if allowed is bool else checked(name, allowed, text)
-    for name, value in dataset_defaults.get(values.get("dataset"), {}).items():
-        values[name] = value if values[name] is None else values[name]
-    return values, {name for name in knobs if getattr(given, name) is not None}
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    values = {name: default for name, (default, *_) in knobs.items()} | given
+    values = values | dataset_defaults.get(values.get("dataset"), {}) | given
+    return values | ({words: free} if words else {}), set(given)
 
 
 def expand(path: str | Path) -> Path:
     """The path with ~ as the user's home; of a user that there is not, as it stands."""
-    with contextlib.suppress(RuntimeError):
-        return Path(path).expanduser()
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def pick_device(name: str) -> torch.device:
@@ -163,12 +155,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 def provenance(device: torch.device) -> dict:
     """What made a result: command, commit, versions, device."""
     def git(*words: str) -> str:
-        try:
-            command = ["git", "-C", Path(__file__).parent, *words]
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError:  # no git on this machine
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
+        command = ["git", "-C", Path(__file__).parent, *words]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, no repository
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return ""
     # Results are made by the code, so that new ones do not count as changes.
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     try:

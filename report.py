@@ -25,7 +25,7 @@ ROWS = [
     ("paper", "optima", "Trained on all small batches, embeddings end there: relative distance", "all N"),
     ("paper", "subsets", "Trained on fixed small batches, they end above it: by so much loss", "fixed"),
     ("paper", "convergence", "Hard batches come near the optimum in so many times fewer steps", r"\(6\).*st"),
-    ("paper", "histograms", "Spectral batches have a higher loss than shuffled ones: by", "spectral.*SGD"),
+    ("paper", "histograms", "Spectral batches have a higher loss than shuffled ones: by", "spectral.*random"),
     ("us", "convergence", "So many times less work, when all pairs looked at count", r"\(6\).*pairs"),
     ("us", "temperature", "The lead at temperature 0.1, as a share of that at 1", r"\(6\).* x temperature"),
     ("us", "scaling", "The lead grows with the number of samples: so many times", r"\(6\)")]
@@ -89,7 +89,7 @@ def headline(record: dict) -> tuple[str, list[dict]]:
     base, *others = sorted(record["two views"], key=lambda row: row["difference"] is not None)
     verdicts = {"better": "holds", "worse": "does not hold"}
     claims = [{
-        "by": "us" if "refined" in row["group"] else "paper", "measured": show(row, "difference"),
+        "asked_by": "us" if "refined" in row["group"] else "paper", "measured": show(row, "difference"),
         "verdict": verdicts.get(row["verdict"], "not settled"),
         "claim": f"{where.capitalize()}: {row['group']} batches gain points of R@1 over {base['group']} ones"}
         for row in others]
@@ -123,13 +123,11 @@ def build(results: Path, runs: Path) -> str:
         curve = own.parent / "curve.png"
     for by, name, words, pattern in ROWS:
         every = records.get(results / f"synthetic/{name}.json", {"claims": []})["claims"]
-        for claim in every:
-            claim |= {"by": claim.get("asked_by", "paper"), "measured_interval": claim["interval"]}
-        some = [x for x in every if x["by"] == by]
-        some = [x for x in some if re.search(pattern, x["claim"])] or some
+        some = [claim for claim in every if claim["asked_by"] == by]
+        some = [claim for claim in some if re.search(pattern, claim["claim"])] or some
         claims += [claim | {"claim": words} for claim in some[:1]]
-    claims = sorted(claims, key=lambda claim: claim["by"])[:10]  # "paper" before "us"
-    rows = [row for by in ASKED for row in [ASKED[by], *(x for x in claims if x["by"] == by)]]
+    claims = sorted(claims, key=lambda claim: claim["asked_by"])[:10]  # "paper" before "us"
+    rows = [row for by in ASKED for row in [ASKED[by], *(x for x in claims if x["asked_by"] == by)]]
     ended = [{"run": path.parent.name} | json.loads(path.read_text())
              for path in sorted(runs.glob("*/result.json"))]
     sources = [{"file": str(path)} | record for path, record in records.items()]

@@ -9,8 +9,8 @@
 #   --fresh     move what these stages made to old-DATE/ and start over; else what is there is skipped
 #   --jobs N    N commands at a time (default: one a GPU; without a GPU one a core)
 #   --dry-run   list the commands, run nothing
-# Environment: DATA_DIR (default data) holds the data sets; DATASETS, SAMPLERS, OBJECTIVES and SEEDS narrow or
-# widen the training runs, TRAIN_FLAGS is added to each; PYTHON makes .venv, or RUN_PYTHON is used instead.
+# Environment: DATA_DIR (or data, beside this) holds the data sets; DATASETS, SAMPLERS, OBJECTIVES and SEEDS
+# narrow or widen the training runs, TRAIN_FLAGS is added to each; PYTHON makes .venv, RUN_PYTHON replaces it.
 set -u
 unset CDPATH PIP_TARGET PIP_PREFIX PIP_ROOT  # those of pip would leave .venv empty
 export PIP_USER=0 PYTHONUNBUFFERED=1
@@ -30,21 +30,31 @@ while [ $# -gt 0 ]; do
   shift
 done
 stages=${stages:- synthetic train retrieval bench report }
+data=data  # these three as the caller sees them
+[ -z "${DATA_DIR:-}" ] || data=$(cd "$DATA_DIR" 2>/dev/null && pwd) ||
+  fail "DATA_DIR=$DATA_DIR is no folder; make it, or leave it out for data/"
+[[ ${PYTHON:-} != [!/]*/* ]] || PYTHON=$PWD/$PYTHON
+[[ ${RUN_PYTHON:-} != [!/]*/* ]] || RUN_PYTHON=$PWD/$RUN_PYTHON
 cd "$(dirname "$0")" || exit
-data=${DATA_DIR:-data} base=${PYTHON:-python3} python=${RUN_PYTHON:-.venv/bin/python}
-[ -d "${DATA_DIR:-.}" ] || fail "DATA_DIR=$data is no folder; make it, or leave it out for data/"
+base=${PYTHON:-python3} python=${RUN_PYTHON:-.venv/bin/python} anew=""
+gpu=$(nvidia-smi -L 2>/dev/null) || gpu=""
+if [ -n "$gpu" ] && [ ! -e .venv/gpu ] && compgen -G ".venv/lib/*/*/torch-*+cpu*" >/dev/null; then
+  anew=--force-reinstall  # to pip the CPU's PyTorch would do
+fi
 
 setup() {
   [[ $PWD != *:* ]] || fail "Python makes no .venv in a path with a colon: rename a folder of $PWD"
-  echo "== setup: packages into .venv, some minutes"
+  echo "== setup: packages into .venv, some minutes${anew:+; anew, as there is a GPU now}"
   [ ! -e .venv ] || [ -e .venv/by-run_all.sh ] || fail ".venv is not of this script; move it away"
   mkdir -p .venv && touch .venv/by-run_all.sh
   rm -f .venv/complete .venv/bin/python .venv/bin/python3  # it may be of another Python
   "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" && "$base" -m venv .venv || fail \
     "$base is not Python 3.10 or newer with venv; install python3-venv, or name one: PYTHON=python3.12"
-  nvidia-smi -L >/dev/null 2>&1 ||  # the CPU builds are several GB smaller; not every index has them
+  [ -n "$gpu" ] ||  # the CPU builds are several GB smaller; not every index has them
     $python -m pip install -q torch==2.14.1+cpu torchvision==0.29.1+cpu 2>/dev/null
-  $python -m pip install -q -r requirements.txt || fail "no packages, as told above; the same tries again"
+  $python -m pip install -q $anew -r requirements.txt ||
+    fail "no packages, as told above; the same tries again"
+  if [ -n "$gpu" ]; then touch .venv/gpu; fi
   cp requirements.txt .venv/complete  # last: a half-made .venv is never used
 }
 
@@ -64,6 +74,10 @@ synthetic_rest() { synthetic angle optima convergence subsets histograms $large;
 train() {
   for dataset in $datasets; do
     case $own$dataset in own-cifar100) size=32 ;; own-tinyimagenet) size=64 ;; *) size="" ;; esac
+    if [ -z "$quick" ]; then  # else all runs that start together would download and decode
+      step "decode-$dataset" - -c "import sys, data; data.load(*sys.argv[1:])" "$dataset" train "$data"
+      finish "${!pids[@]}"
+    fi
     for seed in ${SEEDS:-0}; do for objective in $objectives; do for sampler in $samplers; do
       name=${quick:-$own$dataset}-$sampler-$objective resume="" taken=""
       case ${quick:-$sampler} in osgd | spectral*) taken="--embeddings list" ;; esac  # as the authors did
@@ -90,9 +104,8 @@ retrieval() {  # of all runs that have ended
 bench() { step bench results/samplers.json bench.py samplers --pairs 10000 --out results/samplers.json; }
 report() { step report - report.py; }
 examples() {
-  if [ -n "$begun" ] && [ -z "$dry" ]; then
-    "$python" -m pip install -q -r requirements-examples.txt || fail "no packages, for the reason above"
-  fi
+  step examples-packages - -m pip install -q -r requirements-examples.txt
+  finish "${!pids[@]}"
   for x in examples/[!t]*.py; do step "${x##*/}" - "$x"; done
   step test-examples - -m pytest -q examples
 }
@@ -146,7 +159,9 @@ stop() {  # stop CODE: ends what is under way; a training run saves first
   exit "$1"
 }
 for signal in HUP INT PIPE TERM; do trap "stop $((128 + $(kill -l $signal)))" $signal; done
-if [ -z "$dry${RUN_PYTHON:-}" ] && ! cmp -s requirements.txt .venv/complete; then setup; fi
+if [ -z "$dry${RUN_PYTHON:-}" ] && { [ -n "$anew" ] || ! cmp -s requirements.txt .venv/complete; }; then
+  setup
+fi
 ask="import torch; print(torch.cuda.is_available() * torch.cuda.device_count())"
 gpus=$("$python" -c "$ask" 2>/dev/null) || [ -n "$dry" ] || fail "$python cannot import torch"
 gpus=${gpus:-0} slots=${jobs:-$((gpus > 0 ? gpus : $(OMP_NUM_THREADS="" nproc)))}

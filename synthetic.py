@@ -3,6 +3,7 @@
     python synthetic.py                             # every experiment: some minutes
     python synthetic.py --quick                     # smaller, without what settles nothing then: a minute
     python synthetic.py --experiment toy --out DIR  # or another of EXPERIMENTS, at the end of this file
+    python synthetic.py --experiment histograms --embeddings FILE.npz  # also of arrays NAME_u, NAME_v [n, d]
 
 Each writes NAME.json, NAME.png and NAME.pdf, and prints a line per claim: the verdict, which follows from the
 numbers alone, the claim, what was measured, its 95 % bootstrap interval over runs, the closed form or bound.
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 import cli
+from bench import read_pairs
 from cli import COLOURS, canvas, progress
 from model import infonce
 from samplers import all_batches, batch_losses, spectral_batches
@@ -33,13 +35,16 @@ KNOBS = {
     "steps": (None, "int >= 1", "gradient steps (default: each experiment's own)"),
     "lr": (0.5, "float > 0 <= 100", "step size; toy and angle have their own"),
     "seed": (0, "int >= 0 < 4294967296", "fixes every number on one machine"),
+    "float32": (False, bool, "compute in float32; without it float64"),
+    "device": ("cpu", str, "cpu, cuda, or auto for CUDA where there is one"),
+    "embeddings": (None, str, "histograms: also of a .npz, arrays NAME_u and NAME_v [n, d], n >= 64"),
     "quick": (False, bool, "fewer seeds and steps; leaves out temperature and scaling"),
 }
 ABOVE_1 = math.nextafter(1, 2), inf  # an interval that ends at 1 does not lie in it
 CHOOSING = "osgd-direct", "osgd-replacement", "osgd", "spectral"  # those that look before they step
 
 
-def band(axis, x, values: np.ndarray, label: str, colour: str) -> None:
+def band(axis, x, values, label: str, colour: str) -> None:
     """Median and quartiles of values [R, T] against x [T]."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
     axis.plot(x, middle, color=colour, label=label)
@@ -47,7 +52,7 @@ def band(axis, x, values: np.ndarray, label: str, colour: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------ experiments
-# Each returns its claims, its numbers (for the .json) and its figure.
+# Each returns its claims, its numbers (for the .json) and its figure. knobs["kind"]: dtype and device.
 def toy(runs, steps, generator, knobs):
     """Four samples in the plane: steps to the optimum of OSGD, and of SGD, a random variable."""
     tolerances = {0.1: "-", 0.01: "--", 1e-3: ":", 1e-4: "-."}  # and their lines
@@ -59,7 +64,7 @@ def toy(runs, steps, generator, knobs):
         for method in ("osgd-direct", "sgd-replacement", "sgd"):
             label, colour = METHODS[method]
             many = 1 if method == "osgd-direct" else runs
-            path = toy_curves(method, many, steps, lr, min(tolerances), generator, shown)
+            path = toy_curves(method, many, steps, lr, min(tolerances), generator, shown, **knobs["kind"])
             for axis, x in zip(line, path[..., :shown + 1].numpy()):
                 band(axis, np.arange(x.shape[1]), x, label, colour)
             first = {t: first_steps(path[1], t) for t in tolerances}
@@ -90,8 +95,8 @@ def toy(runs, steps, generator, knobs):
 
 def angle(runs, steps, generator, knobs):
     """Losses as u_1 turns, the others on a decagon: other values, same minimiser; N = 10, B = 2, d = 2."""
-    degrees, order = torch.arange(-180, 180.25, 0.25, dtype=torch.float64), torch.arange(10)
-    v = directions(order.double() * 36).repeat(len(degrees), 1, 1)
+    degrees, order = torch.arange(-180, 180.25, 0.25, **knobs["kind"]), torch.arange(10)
+    v = directions(torch.arange(10, **knobs["kind"]) * 36).repeat(len(degrees), 1, 1)
     u = torch.cat([directions(degrees)[:, None], v[:, 1:]], 1)
     figure, (axes,) = canvas(1, 3, 7.2, 2.3)
     losses, least = {}, {}
@@ -99,9 +104,9 @@ def angle(runs, steps, generator, knobs):
             axes, ("full", "ncb", "fixed"), ("full batch of 10", "mean over all 45 batches of 2",
                                              "mean over 5 fixed batches of 2"),
             (order[None], all_batches(10, 2), order.view(5, 2))):
-        losses[method] = infonce(u[:, batches], v[:, batches]).mean(1)
+        losses[method] = infonce(u[:, batches], v[:, batches]).mean(1).cpu()
         least[method] = degrees[losses[method].argmin()].item()
-        axis.plot(degrees.numpy(), losses[method].numpy(), color=METHODS[method][1])
+        axis.plot(degrees.cpu(), losses[method].numpy(), color=METHODS[method][1])
         axis.axvline(least[method], color="black", linewidth=0.6, linestyle=":")
         axis.set(title=title, xlabel="angle of $u_1$ (degrees)", xticks=range(-180, 181, 90))
     axes[0].set_ylabel("loss (dotted: its minimum)")
@@ -125,23 +130,23 @@ def optima(runs, steps, generator, knobs):
         d, pairs = int(ratio * n), torch.arange(n).view(-1, 2)
         target, least = optimum(n, d)
         for method, axis in zip(METHODS, line[1:]):
-            u, v, _ = start(runs, n, d, knobs["seed"])
+            u, v, _ = start(runs, n, d, knobs["seed"], **knobs["kind"])
             # Without noise all it takes is time. All batches together pull a pair (B-1)/(N-1) times as hard
             # as the full batch does.
             own_steps = steps * {"full": 5, "ncb": 3}.get(method, 1)
             lr = knobs["lr"] * (n - 1) / (b - 1) if method == "ncb" else knobs["lr"]
-            far = train(method, u, v, b, own_steps, lr, generator, every=own_steps)[:, -1] / target.norm()
+            far = train(method, u, v, b, own_steps, lr, generator, every=own_steps,
+                        tick=lambda share: tick(len(numbers) + share))[:, -1] / target.norm()
             own = infonce(u[:, pairs], v[:, pairs]).mean(1) - 2 * math.log1p(math.exp(-2))
             numbers.append({"n": n, "batch_size": b, "d": d, "method": method,
                             "relative_distance": far.tolist(),
                             "above_optimum": (infonce(u, v) - least).tolist(),
                             "pairs_above_own_optimum": own.tolist()})
-            s, order = u[0] @ v[0].T, torch.arange(n)
+            s, order = (u[0] @ v[0].T).cpu(), torch.arange(n)
             if ratio < 2:  # one of each opposite pair, then their partners
                 cost = (s + s.T)[None].requires_grad_()
                 order = torch.autograd.grad(least_matching(cost).sum(), cost)[0][0].nonzero().T.flatten()
             axis.imshow(s[order][:, order].numpy(), **look)
-            tick(len(numbers))
         picture = line[0].imshow(target.numpy(), **look)
         line[0].set_ylabel(f"N={n} B={b}\nd={d}", rotation=0, ha="right", va="center")
     for axis, label in zip(axes[0], ["optimum"] + [METHODS[method][0] for method in METHODS]):
@@ -197,18 +202,17 @@ def convergence(runs, steps, generator, knobs):
         shown = np.unique(np.geomspace(1, own_steps // every, 80).astype(int))
         for name, d, pair in (("ETF", 2 * n, line[:2]), ("cross-polytope", n // 2, line[2:])):
             for method in methods:
-                u, v, lengths = start(runs, n, d, knobs["seed"])
+                u, v, lengths = start(runs, n, d, knobs["seed"], **knobs["kind"])
                 distances = train(method, u, v, 2, own_steps, lr, generator, 1.0, every,
-                                  lengths if released else None)
+                                  lengths if released else None, lambda share: tick(len(numbers) + share))
                 costs = 1, evaluations(method, n, 2)
                 for axis, cost in zip(pair, costs):
-                    band(axis, shown * every * cost, distances[:, shown].numpy(), *METHODS[method])
+                    band(axis, shown * every * cost, distances[:, shown], *METHODS[method])
                 if method == "sgd":
                     tolerance, sgd, cost_of_sgd = nearest(distances, 0.1), distances, costs[1]
                 lead = speedup(sgd, distances, tolerance)
                 numbers.append({"n": n, "lr": lr, "d": d, "released": released, "method": method,
                                 "tolerance": tolerance, "sgd_over_this": lead})
-                tick(len(numbers))
                 if method not in CHOOSING:
                     continue
                 text = f"{METHODS[method][0]} before SGD at distance {tolerance:g} to the {name}, {rule}, in "
@@ -250,14 +254,14 @@ def subsets(runs, steps, generator, knobs):
             taken[size] = batches[mask.nonzero()[1].reshape(runs, size)]
         gaps, tick = {}, progress(f"subsets, B = {b}", len(taken), "subsets")
         for name, own in taken.items():
-            u, v, _ = start(runs, 8, 16, knobs["seed"])
-            for _ in range(steps):
+            u, v, _ = start(runs, 8, 16, knobs["seed"], **knobs["kind"])
+            for step in range(steps):
                 descend(u, v, own, knobs["lr"])
-            gaps[name] = (infonce(u, v) - optimum(8, 16)[1]).numpy()
+                tick(len(gaps) + (step + 1) / steps)
+            gaps[name] = (infonce(u, v) - optimum(8, 16)[1]).cpu().numpy()
             numbers.append({"batch_size": b, "family": name, "of": every, "gap": gaps[name].tolist()})
-            tick(len(gaps))
-        band(axis, 100 * np.array(sizes) / every, np.array([gaps[size] for size in sizes]).T, "random subset",
-             COLOURS["random"])
+        band(axis, 100 * np.array(sizes) / every, np.transpose([gaps[size] for size in sizes]),
+             "random subset", COLOURS["random"])
         closed = min((size for size in sizes if gaps[size].max() < 1e-5), default=every)
         claims += [claim(f"B = {b}: all {every} batches end at the full batch's optimum", np.abs(gaps[every]),
                          (0, 1e-5), "gap <= 1e-5"),
@@ -280,39 +284,43 @@ def subsets(runs, steps, generator, knobs):
 
 
 def histograms(runs, epochs, generator, knobs):
-    """Losses of mini-batches, random and chosen, along training on random ones."""
-    n, b, before, stages = 256, 8, 0, []
-    u, v, _ = start(runs, n, 32, knobs["seed"])
+    """Losses of mini-batches, random and chosen, along training on random ones, and of embeddings given."""
+    n, before, sets = 256, 0, []
+    u, v, _ = start(runs, n, 32, knobs["seed"], **knobs["kind"])
     for now in sorted({0, max(1, epochs // 16), max(1, epochs // 4), epochs}):
-        for batches in itertools.islice(schedule("sgd", u, v, b, 1.0, generator), (now - before) * (n // b)):
+        for batches in itertools.islice(schedule("sgd", u, v, 8, 1.0, generator), (now - before) * (n // 8)):
             descend(u, v, batches, knobs["lr"])
-        stages.append((f"after {now} epochs", list(zip(u.clone(), v.clone()))))
+        sets.append((f"after {now} epochs", list(zip(u.clone(), v.clone())), 8, 1.0, "infonce"))
         before = now
-    figure, axes = canvas(2, 2, 7.2, 4.2)
-    looks = {**METHODS, "refined": ("refined", COLOURS["refined"])}
-    claims, numbers, tick = [], [], progress("histograms", len(stages), "sets of embeddings")
-    for (title, pairs), axis in zip(stages, axes.flat):
-        losses = {"sgd": [], "spectral": [], "refined": []}  # [R, n / b] each
-        for x, y in pairs:
-            order = torch.randperm(n, generator=generator)
-            x, y = x[order], y[order]
+    for name, pairs in knobs["pairs"].items():  # as trained on: in windows of 40 batches of 32
+        m = min(1280, len(pairs[0]))
+        windows = list(zip(*(x[:len(x) // m * m].to(u.device).split(m) for x in pairs[:2])))
+        sets.append((name, windows, 32, 0.1, "nt_xent"))
+    figure, axes = canvas(-(-len(sets) // 2), 2, 7.2, 2.1 * -(-len(sets) // 2))
+    claims, numbers, tick = [], [], progress("histograms", len(sets), "sets of embeddings")
+    for (title, windows, b, t, loss), axis in zip(sets, axes.flat):
+        losses = {"random": [], "spectral": [], "refined": []}  # [R, n / b] each
+        for i, (x, y) in enumerate(windows):
+            order = torch.randperm(len(x), generator=generator)[:len(x) // b * b].to(x.device)
+            x, y, shuffled = x[order], y[order], torch.arange(len(order)).view(-1, b)
             for method, own in losses.items():
-                batches = torch.arange(n).view(-1, b) if method == "sgd" else \
-                    spectral_batches(x, y, b, n // b, 1.0, generator, method == "refined")
-                own.append(batch_losses(x, y, batches, 1.0, "infonce").numpy())
+                batches = shuffled if method == "random" else \
+                    spectral_batches(x, y, b, len(shuffled), t, generator, method == "refined")
+                own.append(batch_losses(x, y, batches, t, loss).cpu().numpy())
+            tick(len(numbers) + (i + 1) / len(windows))
         edges = np.histogram_bin_edges(list(losses.values()), 40)
         for method, own in losses.items():
-            label, colour = looks[method]
-            axis.hist(np.ravel(own), edges, density=True, histtype="stepfilled", label=label,
-                      facecolor=(colour, 0.25), edgecolor=colour)
+            axis.hist(np.ravel(own), edges, density=True, histtype="stepfilled", label=method,
+                      facecolor=(COLOURS[method], 0.25), edgecolor=COLOURS[method])
         axis.set(title=title, xlabel=f"loss of a mini-batch of {b}", ylabel="density")
         mean = {method: np.mean(own, 1) for method, own in losses.items()}
         numbers.append({"set": title} | {method: x.tolist() for method, x in mean.items()})
-        for better, worse, asked_by in (("spectral", "sgd", "paper"), ("refined", "spectral", "us")):
-            claims.append(claim(f"{title}: {looks[better][0]} batches harder than {looks[worse][0]}'s",
+        for better, worse, asked_by in (("spectral", "random", "paper"), ("refined", "spectral", "us")):
+            claims.append(claim(f"{title}: {better} batches harder than {worse} ones",
                                 mean[better] - mean[worse], (0, inf), "difference of mean losses > 0",
                                 asked_by))
-        tick(len(numbers))
+    for axis in axes.flat[len(sets):]:
+        axis.remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return claims, numbers, figure
 
@@ -320,26 +328,25 @@ def histograms(runs, epochs, generator, knobs):
 def temperature(runs, steps, generator, knobs):
     """Does the lead of chosen batches last as temperature and step size fall together? N = 8, B = 2."""
     settings = {t: (8, steps, knobs["lr"] * t, t) for t in (1.0, 0.5, 0.2, 0.1)}
-    return lead_against("temperature", settings, CHOOSING, runs, generator, knobs["seed"])
+    return lead_against("temperature", settings, CHOOSING, runs, generator, knobs)
 
 
 def scaling(runs, epochs, generator, knobs):
     """Does the lead of chosen batches grow with N? B = 2, d = 2N, k and q fixed parts of N."""
     settings = {n: (n, epochs * n // 2, knobs["lr"], 1.0)
                 for n in (8, 16, 32, 64, 128, 256)[:4 if knobs["quick"] else 6]}
-    return lead_against("N", settings, ("osgd", "spectral"), runs, generator, knobs["seed"])
+    return lead_against("N", settings, ("osgd", "spectral"), runs, generator, knobs)
 
 
-def lead_against(label: str, settings: dict, methods: tuple, runs: int, generator, seed: int):
+def lead_against(label: str, settings: dict, methods: tuple, runs: int, generator, knobs: dict):
     """How many times the steps of a method SGD takes to the nearest distance that it reaches in all settings:
     the number on the x axis -> N, steps, step size, temperature."""
-    curves, tick = {}, progress(label, len(settings), "settings")
-    for i, (x, (n, steps, lr, t)) in enumerate(settings.items()):
-        for method in ("sgd", *methods):
-            u, v, _ = start(runs, n, 2 * n, seed)
-            far = train(method, u, v, 2, steps, lr, generator, t, every=max(1, n // 32))
-            curves[x, method] = far / optimum(n, 2 * n)[0].norm()
-        tick(i + 1)
+    curves, tick = {}, progress(label, len(settings) * (1 + len(methods)), "trainings")
+    for (x, (n, steps, lr, t)), method in itertools.product(settings.items(), ("sgd", *methods)):
+        u, v, _ = start(runs, n, 2 * n, knobs["seed"], **knobs["kind"])
+        far = train(method, u, v, 2, steps, lr, generator, t, every=max(1, n // 32),
+                    tick=lambda share: tick(len(curves) + share))
+        curves[x, method] = far / optimum(n, 2 * n)[0].norm()
     figure, ((axis,),) = canvas(1, 1, 4.8, 3.2)
     claims, numbers, (least, *_, last) = [], [], settings
     tolerance = max(nearest(curves[x, "sgd"], 0.05) for x in settings)
@@ -348,7 +355,7 @@ def lead_against(label: str, settings: dict, methods: tuple, runs: int, generato
         leads = {x: speedup(curves[x, "sgd"], curves[x, method], tolerance) for x in settings}
         numbers += [{label: x, "method": method, "tolerance": tolerance, "sgd_over_this": lead}
                     for x, lead in leads.items()]
-        middle, low, high = np.array(list(leads.values())).T
+        middle, low, high = np.transpose(list(leads.values()))
         axis.plot(list(leads), middle, "o-", color=colour, label=name)
         axis.fill_between(list(leads), low, high, color=colour, alpha=0.2, linewidth=0)
         claims.append(growth(f"{name}: lead over SGD at least as large at {label} {last:g} as at {least:g}",
@@ -375,19 +382,22 @@ def run(name: str, knobs: dict, out: Path) -> None:
     generator = torch.Generator().manual_seed(knobs["seed"])
     claims, numbers, figure = experiment(knobs["seeds"] or runs, knobs["steps"] or steps, generator, knobs)
     cli.save_figure(figure, out / name)
-    record = {"experiment": name, "about": experiment.__doc__, "knobs": knobs,
-              **cli.provenance(torch.device("cpu")), "seconds": time.perf_counter() - began,
+    record = {"experiment": name, "about": experiment.__doc__, "knobs": {x: knobs[x] for x in KNOBS},
+              **cli.provenance(knobs["kind"]["device"]), "seconds": time.perf_counter() - began,
               "claims": claims, "numbers": numbers}
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # null for NaN and infinity
     cli.write_atomically(out / f"{name}.json", json.dumps(finite).encode())
     cli.say(f"== {name}: {record['about']}")
     for c in claims:
-        value, low, high = map(digits, (c["measured"], *c["interval"]))
+        value, low, high = map(digits, (c["measured"], *c["measured_interval"]))
         cli.say(f"{c['verdict']:<14} {c['claim']}: {value} [{low}, {high}]; {c['form']}")
 
 
 def main(argv: list[str]) -> None:
     knobs, _ = cli.parse(argv, __doc__, KNOBS, {})
+    knobs["kind"] = {"dtype": torch.float32 if knobs["float32"] else torch.float64,
+                     "device": cli.pick_device(knobs["device"])}
+    knobs["pairs"] = read_pairs(knobs["embeddings"], 64) if knobs["embeddings"] else {}
     torch.set_num_threads(1)  # of tensors this small a second thread makes a step many times slower
     out = cli.expand(knobs["out"])
     try:

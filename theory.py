@@ -8,7 +8,7 @@ At the end: what is said of the runs, as intervals and verdicts. synthetic.py ma
 """
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def optimum(n: int, d: int) -> tuple[Tensor, float]:
 
 
 @functools.cache
-def remaining(n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def remaining(n: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Level by level, of each set of samples left when pairs are taken, always the lowest and some other:
     the lowest [S], the others [S, m], and the place [S, m] in the next level of the set without both."""
     levels, sets = [], [tuple(range(n))]
@@ -38,8 +38,8 @@ def remaining(n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         left = [[s[1:j] + s[j + 1:] for j in range(1, len(s))] for s in sets]
         following = sorted({x for row in left for x in row})
         place = {s: i for i, s in enumerate(following)}
-        levels.append((torch.tensor([s[0] for s in sets]), torch.tensor([s[1:] for s in sets]),
-                       torch.tensor([[place[x] for x in row] for row in left])))
+        level = [s[0] for s in sets], [s[1:] for s in sets], [[place[x] for x in row] for row in left]
+        levels.append(tuple(torch.tensor(x, device=device) for x in level))
         sets = following
     return levels
 
@@ -48,7 +48,7 @@ def least_matching(cost: Tensor) -> Tensor:
     """The least sum of cost [R, n, n] (symmetric) over the pairs of a perfect matching, n even: exact, [R].
     Its gradient is 1 at the pairs (i, j), i < j, of that matching."""
     best = cost.new_zeros(len(cost), 1)
-    for lowest, others, rest in reversed(remaining(cost.shape[-1])):
+    for lowest, others, rest in reversed(remaining(cost.shape[-1], cost.device)):
         best = (cost[:, lowest[:, None], others] + best[:, rest]).min(2).values
     return best[:, 0]
 
@@ -57,17 +57,18 @@ def distance(u: Tensor, v: Tensor) -> Tensor:
     """||U V^T - optimum|| [R]: to the ETF for d >= n - 1, else to the nearest of all cross-polytopes."""
     s, (n, d) = u @ v.mT, u.shape[1:]
     if d >= n - 1:
-        return (s - optimum(n, d)[0]).flatten(1).norm(dim=1)
+        return (s - optimum(n, d)[0].to(s.device, s.dtype)).flatten(1).norm(dim=1)
     # ||S - G||^2 = ||S||^2 - 2 <S, G> + 2n, and <S, G> is the trace of S less the matched entries.
     product = s.diagonal(dim1=1, dim2=2).sum(1) - least_matching(s + s.mT)
     return (s.square().sum((1, 2)) - 2 * product + 2 * n).clamp(min=0).sqrt()
 
 
 # ------------------------------------------------------------------------------------------ dynamics
-def start(runs: int, n: int, d: int, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """U, V [runs, n, d], the directions of normal rows, and the lengths [runs, n, 1] of these; float64."""
+def start(runs: int, n: int, d: int, seed: int, dtype: torch.dtype = torch.float64,
+          device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """U, V [runs, n, d], the directions of normal rows, and the lengths [runs, n, 1] of these."""
     g = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(runs, n, d, generator=g, dtype=torch.float64) for _ in range(2))
+    x, y = (torch.randn(runs, n, d, generator=g, dtype=torch.float64).to(device, dtype) for _ in range(2))
     lengths = x.norm(dim=2, keepdim=True), y.norm(dim=2, keepdim=True)
     return x / lengths[0], y / lengths[1], lengths
 
@@ -82,18 +83,19 @@ def descend(u: Tensor, v: Tensor, batches: Tensor, lr: float, temperature: float
     """
     R, n, d = u.shape
     m, B = batches.shape[-2:]
-    rows = torch.arange(R * n).view(R, n)
+    batches, rows = batches.to(u.device), torch.arange(R * n, device=u.device).view(R, n)
     if m * B < n:  # only the rows of these batches move
         rows = (batches + rows[:, :1, None]).expand(R, m, B).flatten(1)
-        batches = torch.arange(m * B).view(m, B)
+        batches = torch.arange(m * B, device=u.device).view(m, B)
     size, rows = rows.shape[1], rows.flatten()
     a, b = (x.view(-1, d)[rows].view(R, size, d) for x in (u, v))
     # Every inner product once, in however many batches it is.
     s, slope = (a @ b.mT / temperature).flatten(1), u.new_zeros(R, size * size)
     index = (batches[..., :, None] * size + batches[..., None, :]).flatten(-3).expand(R, -1)
     s = s.gather(1, index).view(R, m, B, B)
-    g = (s.softmax(-1) + s.softmax(-2) - 2 * torch.eye(B, dtype=s.dtype)) / B  # of infonce, by its logits
-    slope = slope.scatter_add_(1, index, (g / m).flatten(1)).view(R, size, size) * (lr / temperature)
+    g = s.softmax(-1) + s.softmax(-2)  # of infonce, by its logits, times B
+    g.diagonal(dim1=-2, dim2=-1).sub_(2)
+    slope = slope.scatter_add_(1, index, (g / (m * B)).flatten(1)).view(R, size, size) * (lr / temperature)
     for x, dx, length in zip((u, v), (slope @ b, slope.mT @ a), lengths or (None, None)):
         x, dx = x.view(-1, d), dx.view(-1, d)
         if length is not None:  # what lies across x: 1 / length by the chain rule, 1 / length for the turn
@@ -121,12 +123,12 @@ def schedule(method: str, u: Tensor, v: Tensor, batch_size: int, temperature: fl
     R, n, _ = u.shape
     k = n // batch_size
     q = max(1, k // 4)  # OSGD keeps a quarter of a permutation's batches
-    first = torch.arange(R)[:, None, None] * n  # row of each run's sample 0: a sampler sees all runs' rows
+    first = torch.arange(R, device=u.device)[:, None, None] * n  # of each run, in the rows of all runs
     rows = (u.view(R * n, -1), v.view(R * n, -1))  # views: they change with u and v
     every = all_batches(n, batch_size) if method in ("ncb", "osgd-direct") else None
 
     def hardest(batches: Tensor, count: int) -> Tensor:
-        return select_by_loss(*rows, batches + first, count, temperature, loss="infonce") - first
+        return select_by_loss(*rows, batches.to(u.device) + first, count, temperature, loss="infonce") - first
 
     while True:
         if method == "full":
@@ -163,14 +165,17 @@ def evaluations(method: str, n: int, batch_size: int) -> float:
 
 
 def train(method: str, u: Tensor, v: Tensor, batch_size: int, steps: int, lr: float, generator: Generator,
-          temperature: float = 1.0, every: int = 1, lengths: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Distances [R, steps / every + 1] to the optimum along a method's steps, which change u, v, lengths."""
+          temperature: float = 1.0, every: int = 1, lengths: tuple[Tensor, Tensor] | None = None,
+          tick: Callable[[float], None] = lambda share: None) -> Tensor:
+    """Distances [R, steps / every + 1] to the optimum along a method's steps, which change u, v, lengths; on
+    the CPU. tick is told the share of the steps that is done."""
     distances = [distance(u, v)]
     for step, batches in zip(range(1, steps + 1), schedule(method, u, v, batch_size, temperature, generator)):
         descend(u, v, batches, lr, temperature, lengths=lengths)
         if step % every == 0:
             distances.append(distance(u, v))
-    return torch.stack(distances, 1)
+        tick(step / steps)
+    return torch.stack(distances, 1).cpu()
 
 
 # ------------------------------------------------------------------------------------------ in the plane
@@ -180,24 +185,24 @@ def directions(degrees: Tensor) -> Tensor:
 
 
 def toy_curves(method: str, runs: int, steps: int, lr: float, tolerance: float, generator: Generator,
-               least: int = 0) -> Tensor:
+               least: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
     """U = V at a rectangle's corners, on the way to a square's. [2, runs, T]: half the angle of samples 1 and
     2, and the full-batch loss above the optimum's, until all runs have been within the tolerance, but for
     `least` to `steps` steps."""
-    corners = directions(torch.tensor([10, -10, 190, 170], dtype=torch.float64))
+    corners = directions(torch.tensor([10, -10, 190, 170], dtype=dtype, device=device))
     u, v = corners.repeat(runs, 1, 1), corners.repeat(runs, 1, 1)
-    batches, path, there = schedule(method, u, v, 2, 1.0, generator), [], torch.zeros(runs, dtype=bool)
+    batches, path, there = schedule(method, u, v, 2, 1.0, generator), [], False
     tick = progress(f"toy, {METHODS[method][0]}, at most", steps, "steps")
     for step in range(steps + 1):
         gap = infonce(u, v) - optimum(4, 2)[1]
         angle = torch.atan2(u[:, 0, 1], u[:, 0, 0]) - torch.atan2(u[:, 1, 1], u[:, 1, 0])
         path.append(torch.stack([angle.rad2deg() % 360 / 2, gap]))
-        there |= gap <= tolerance
+        there |= gap <= tolerance  # [R]
         if step == steps or step >= least and there.all():
             break
         descend(u, v, next(batches), lr)
         tick(step)
-    return torch.stack(path, 2)
+    return torch.stack(path, 2).cpu()
 
 
 # ------------------------------------------------------------------------------------------ statistics
@@ -218,8 +223,8 @@ def claim(text: str, measured, allowed: tuple[float, float], form: str, asked_by
     value, low, high = measured if isinstance(measured, tuple) else (measured,) * 3
     inside, outside = allowed[0] <= low and high <= allowed[1], high < allowed[0] or low > allowed[1]
     verdict = "holds" if inside else "does not hold" if outside else "not settled"
-    return {"claim": text, "measured": value, "interval": (low, high), "allowed": allowed, "form": form,
-            "asked_by": asked_by, "verdict": verdict}
+    return {"claim": text, "measured": value, "measured_interval": (low, high), "allowed": allowed,
+            "form": form, "asked_by": asked_by, "verdict": verdict}
 
 
 def growth(text: str, first: tuple, last: tuple, form: str, asked_by: str = "paper") -> dict:

@@ -20,7 +20,7 @@ def test_samplers_table_has_all_that_is_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "B", 8)
     monkeypatch.setattr(bench, "K", 8)
     u, v, labels = clustered(8, 32, 0.8)
-    np.savez(tmp_path / "e.npz", a_u=u, a_v=v, a_labels=labels, b_u=u[:128], b_v=v[:128])
+    np.savez(tmp_path / "e.npz", a_u=u, a_v=v, a_labels=labels, u=u[:128], v=v[:128])
     bench.main(["samplers", "--embeddings", str(tmp_path / "e.npz"), "--against", bench.samplers.__file__,
                 "--pairs", "1280", "--out", str(tmp_path / "new/samplers.json")])
     record, printed = json.loads((tmp_path / "new/samplers.json").read_text()), capsys.readouterr().out
@@ -30,7 +30,8 @@ def test_samplers_table_has_all_that_is_asked(tmp_path, monkeypatch, capsys):
     assert refined["excess"] == refined["loss"] - random["loss"] and released["relative"] == 1
     assert rows["a", "refined, exclude=labels"]["same_class"] < random["same_class"] < refined["same_class"]
     assert random["same_class"] == pytest.approx(31 / 255, abs=0.01)  # classes of 32 of 256
-    assert rows["b", "refined"]["same_class"] is None and ("b", "refined, exclude=labels") not in rows
+    assert rows["embeddings", "refined"]["same_class"] is None
+    assert ("embeddings", "refined, exclude=labels") not in rows
     assert record["one_window"]["pairs"] == 1280 and record["k"] == record["batch_size"] == 8
     assert {"commit", "command", "device"} <= record.keys() and {"ms", "of_eigh", "MB"} <= random.keys()
     assert rows["a", "refined, against"]["loss"] == refined["loss"]  # the same file
@@ -104,6 +105,7 @@ PAIRS = {"a_u": np.ones((1280, 2)), "a_v": np.ones((1280, 2))}
     (None, ["No data left", "NAME_u"]), ({"x": np.ones(3)}, ["no NAME_u"]), ({"a_u": PAIRS["a_u"]}, ["a_v"]),
     ({"a_u": np.full(3, None)}, ["allow_pickle"]),  # a pickle could run anything
     ({**PAIRS, "a_v": np.ones((1281, 2))}, ["a has 1280", "do not fit"]),
+    ({**PAIRS, "a_v": np.ones((1280, 3))}, ["(1280, 3)", "of one shape"]),
     ({**PAIRS, "a_labels": np.ones(2)}, ["do not fit"]),
     ({"a_u": np.ones((3, 2)), "a_v": np.ones((3, 2))}, ["3 pairs", "1280"]),
     ({**PAIRS, "a_u": np.full((1280, 2), np.nan)}, ["1280 rows with NaN"])])

@@ -18,8 +18,8 @@ MADE = {"command": "python made_up.py", "time": "2026-03-04T05:06:07+0000", "com
 
 
 def claim(text, measured, interval, verdict, **more):
-    return {"claim": text, "measured": measured, "interval": interval, "verdict": verdict,
-            "form": "<= 1 & inf"} | more
+    return {"claim": text, "measured": measured, "measured_interval": interval, "verdict": verdict,
+            "form": "<= 1 & inf", "asked_by": "paper"} | more
 
 
 def row(group, difference, interval, verdict, seeds=3):

@@ -12,7 +12,10 @@ HERE = Path(__file__).parents[1]
 # Writes what the real commands would; a file fail-WORD lets the commands that hold the word fail, hang-WORD
 # lets them hang once their checkpoint is written; PyTorch has as many GPUs as the file gpus says.
 PYTHON = r"""#!/usr/bin/env bash
-case $1$2 in -c*torch*) cat gpus 2>/dev/null || echo 0; exit ;; -c*) exec python3 "$@" ;; esac
+case $1$2 in
+  -c*torch*) cat gpus 2>/dev/null || echo 0; exit ;;
+  -c*version_info*) exec python3 "$@" ;;
+esac
 echo "$*" >>calls
 echo "${CUDA_VISIBLE_DEVICES-none} ${OMP_NUM_THREADS-none} $(date +%s%N) ${PIP_USER-}${PIP_TARGET-}" >>devices
 all=$* out="" name=""
@@ -22,12 +25,14 @@ while [ $# -gt 0 ]; do
 done
 case $all in
   *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *+cpu*) mkdir -p .venv/lib/python3/site-packages/torch-2.14.1+cpu.dist-info ;;
+  *--force*) [ -e fail-pip ] || rm -r .venv/lib ;;
   train.py*) mkdir -p "$out"; touch "$out/checkpoint.pt" ;;
 esac
 echo "it says $all"
 for word in hang-* fail-*; do
   case $word-$all in
-    hang-\**) ;;
+    hang-\** | fail-\**) ;;
     hang-*"${word#hang-}"*"${word#hang-}"*)
       trap 'echo saved; exit' INT TERM HUP
       while sleep 0.1; do :; done ;;
@@ -35,6 +40,7 @@ for word in hang-* fail-*; do
   esac
 done
 case $all in
+  -c*) sleep ${STEP_SECONDS:-0} ;;
   train.py*) sleep ${STEP_SECONDS:-0}; date +%s%N >"$out/result.json" ;;
   synthetic.py*) mkdir -p "$out"; for kind in json png; do echo "$all" >"$out/$name.$kind"; done ;;
   retrieval.py*) mkdir -p "$out"; for name in retrieval.json curve.png; do echo "$all" >"$out/$name"; done ;;
@@ -79,6 +85,15 @@ def listed(repo, *words, **more):
     code, out, error, calls = run(repo, "--dry-run", *words, **more)
     assert code == 0 and not error and not calls
     return [line.split(" ", 1)[1] for line in out.splitlines() if not line.startswith("==")]
+
+
+def test_paths_are_from_where_the_caller_is(repo):
+    (repo / "there/images").mkdir(parents=True)
+    more = environment(repo, DATA_DIR="images", RUN_PYTHON="../fake")
+    done = subprocess.run(["bash", "../run_all.sh", "train"], cwd=repo / "there", env=more, timeout=60)
+    lines = (repo / "calls").read_text().splitlines()
+    assert done.returncode == 0 and len(lines) == 4
+    assert all(f" --data-dir {repo}/there/images --out-dir runs/" in line for line in lines)
 
 
 def nothing_left_of(group):
@@ -181,6 +196,8 @@ def test_interrupted_and_gone_on_with(repo, where, kill, kind, code, jobs):
 def test_the_papers_runs(repo):
     (repo / "data/CIFAR-100-C").mkdir(parents=True)
     lines = listed(repo, "--full", "train", "retrieval")
+    assert [lines.pop(i).split()[-3:] for i in (0, 8)] == [
+        [name, "train", "data"] for name in ("cifar100", "tinyimagenet")]  # decoded before the runs
     assert [line.split()[-1] for line in lines[:16]] == [
         f"runs/{d}-{s}-{o}" for d in ("cifar100", "tinyimagenet") for o in ("simclr", "sogclr")
         for s in ("random", "osgd", "spectral-released", "spectral")]
@@ -189,6 +206,7 @@ def test_the_papers_runs(repo):
     assert "--corruptions built-in" in lines[17]
     chosen = {"SAMPLERS": "refined", "OBJECTIVES": "simclr", "SEEDS": "0 1", "TRAIN_FLAGS": "--epochs 3"}
     lines = listed(repo, "--full", "--own-size", "train", "retrieval", **chosen)
+    del lines[3], lines[0]  # which decode
     assert [line.split()[-1] for line in lines[:4]] == [
         f"runs/own-{d}-refined-simclr{s}" for d in ("cifar100", "tinyimagenet") for s in ("", "-seed1")]
     assert "--seed 1 --image-size 64 --epochs 3 --data-dir data " in lines[3]
@@ -199,13 +217,16 @@ def test_the_papers_runs(repo):
 def test_full_is_the_default_with_a_gpu_and_data(repo, name):
     more, folder = {"DATA_DIR": "more [1] data"}, repo / "more [1] data"
     folder.mkdir()
-    (repo / "gpus").write_text("1")
+    (repo / "gpus").write_text("2")
     assert len(listed(repo, "train", **more)) == 4
     (folder / name).touch()
-    assert len(listed(repo, "train", **more)) == 16 and len(listed(repo, "train", "--quick", **more)) == 4
-    _, out, _, calls = run(repo, "train", SAMPLERS="random", DATASETS="cifar100", **more)
+    assert len(listed(repo, "train", **more)) == 18 and len(listed(repo, "train", "--quick", **more)) == 4
+    _, out, _, calls = run(repo, "train", SAMPLERS="random", DATASETS="cifar100", STEP_SECONDS="1", **more)
     assert out.startswith("== The paper's twelve runs and four: 27 hours")
-    assert "--data-dir more [1] data --out" in calls[0]
+    assert calls[0].endswith(f"; data.load(*sys.argv[1:]) cifar100 train {folder}")
+    assert f"--data-dir {folder} --out" in calls[1]
+    times = [int(line.split()[2]) for line in (repo / "devices").read_text().splitlines()]
+    assert times[1] - times[0] > 1e9 > times[2] - times[1]  # decoded first, then side by side
     (repo / "gpus").write_text("0")  # as PyTorch says
     assert len(listed(repo, "train", **more)) == 4
 
@@ -235,7 +256,24 @@ def test_setup_and_a_setup_that_fails(repo):
         "-m pip install -q -r requirements.txt"]
     assert {line.split()[-1] for line in (repo / "devices").read_text().splitlines()} == {"0"}
     assert not run(repo, "setup", **mine)[3]
+    (repo / "requirements.txt").write_text("torch\nnumpy\n")
+    program(repo / "nvidia-smi", "#!/bin/sh\necho it has failed; exit 9\n")
+    assert len(run(repo, "setup", **mine)[3]) == 3 and not run(repo, "setup", **mine)[3]
+
+
+def test_a_gpu_that_came_after_the_setup(repo):
+    mine = {"RUN_PYTHON": "", "PYTHON": "./fake"}
+    run(repo, "setup", **mine)
     program(repo / "nvidia-smi", "#!/bin/sh\necho GPU 0: one\n")
+    anew = ["-m venv .venv", "-m pip install -q --force-reinstall -r requirements.txt"]
+    (repo / "fail-pip").touch()
+    assert run(repo, "setup", **mine)[::3] == (2, anew)
+    (repo / "fail-pip").unlink()
+    code, out, _, calls = run(repo, "setup", **mine)
+    assert code == 0 and calls == anew
+    assert out.startswith("== setup: packages into .venv, some minutes; anew, as there is a GPU now\n")
+    (repo / ".venv/lib/python3/site-packages/torch-2.14.1+cpu.dist-info").mkdir(parents=True)
+    assert not run(repo, "setup", **mine)[3]  # of an index that has no other: not anew each time
     (repo / "requirements.txt").write_text("torch\nnumpy\n")
     assert run(repo, "setup", **mine)[3] == ["-m venv .venv", "-m pip install -q -r requirements.txt"]
 

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 
+import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ import cli
 import synthetic
 from model import infonce
 from samplers import all_batches
+from test_samplers_devices import GPU
 from theory import (METHODS, claim, descend, distance, evaluations, first_steps, growth, interval,
                     least_matching, nearest, optimum, schedule, speedup, start, toy_curves, train)
 
@@ -170,7 +172,8 @@ def test_losses_against_the_angle_by_a_plain_loop():
         s = [[math.exp(a[0] * b[0] + a[1] * b[1]) for b in v] for a in u]
         each = [math.log(sum(s[i]) * sum(row[i] for row in s) / s[i][i] ** 2) for i in range(len(u))]
         return sum(each) / len(each)
-    for angle, full, ncb, fixed in list(zip(*synthetic.angle(1, 1, None, {})[1][0].values()))[::203]:
+    curves = synthetic.angle(1, 1, None, {"kind": F64})[1][0]
+    for angle, full, ncb, fixed in list(zip(*curves.values()))[::203]:
         u = [(math.cos(math.radians(angle)), math.sin(math.radians(angle))), *corners[1:]]
         of = {(i, j): loss([u[i], u[j]], [corners[i], corners[j]])
               for i, j in itertools.combinations(range(10), 2)}
@@ -199,7 +202,7 @@ def test_verdicts_follow_from_the_data():
     assert [verdict(x) for x in (near, far, between)] == ["holds", "does not hold", "not settled"]
     assert [verdict(x) for x in (0.05, 0.06, (math.nan,) * 3)] == ["holds", "does not hold", "not settled"]
     assert verdict((1.2, 1.0, 1.5), synthetic.ABOVE_1) == "not settled"
-    assert claim("", near, (0, 0.05), "")["interval"] == interval(near)[1:]
+    assert claim("", near, (0, 0.05), "")["measured_interval"] == interval(near)[1:]
     small, large = (2.0, 1.8, 2.2), (6.0, 5.0, 7.0)
     pairs = (small, large), (large, small), (large, (6.5, 5.0, 7.0))
     assert [growth("", *x, "")["verdict"] for x in pairs] == ["holds", "does not hold", "not settled"]
@@ -207,7 +210,7 @@ def test_verdicts_follow_from_the_data():
 
 def test_an_experiment_contradicted_by_its_data_says_so(monkeypatch):
     """subsets, also on an optimum that no training reaches. That a balanced design suffices is our claim."""
-    given = 2, 100, None, dict(seed=0, lr=2.0)
+    given = 2, 100, None, dict(seed=0, lr=2.0, kind={})
     every, alone, _, design = synthetic.subsets(*given)[0][-4:]
     assert [x["verdict"] for x in (every, alone, design)] == ["holds"] * 3 and design["asked_by"] == "us"
     assert every["claim"].startswith("B = 4: all 70") and "balanced design, 14" in design["claim"]
@@ -255,17 +258,59 @@ def test_every_experiment_writes_its_record(name, tmp_path, capsys, monkeypatch)
     files = sorted((tmp_path / "out").iterdir())
     assert [x.name for x in files] == [f"{name}.{x}" for x in ("json", "pdf", "png")]
     assert files[2].stat().st_size > 5000
-    monkeypatch.setattr(cli, "save_figure", lambda figure, path: None)
+
+
+@pytest.mark.parametrize("name", synthetic.EXPERIMENTS)
+def test_experiments_repeat_also_on_a_gpu_and_tell_how_far_they_are(name, monkeypatch):
+    told = []
+    monkeypatch.setattr(synthetic, "progress", lambda _, total, unit: lambda done: told.append(done / total))
+    u = torch.randn(2, 96, 8, generator=seeded())
+    knobs = {"seed": 0, "lr": 0.5, "quick": True, "pairs": {"given": (*u, None)}}
+
+    def numbers(device: str) -> str:
+        kind = {"dtype": torch.float32, "device": torch.device(device)}
+        *found, figure = synthetic.EXPERIMENTS[name][0](2, 3, seeded(), knobs | {"kind": kind})
+        matplotlib.pyplot.close(figure)
+        return repr(found)
+    with GPU():
+        found = numbers("cuda")
+    assert found == numbers("cpu")
+    if name not in ("toy", "angle"):
+        assert told[-1] == pytest.approx(1) and np.diff(told).max() < 0.3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_stays_and_differs_by_its_rounding(method):
+    found = []
+    for dtype in torch.float32, torch.float64:
+        u, v, lengths = start(4, 8, 4, 0, dtype)
+        found.append(train(method, u, v, 2, 6, 0.5, seeded(), lengths=lengths))
+        assert {x.dtype for x in (u, v, *lengths, found[-1])} == {dtype}
+    assert 0 < (found[0] - found[1]).abs().max() < 1e-4
+
+
+def test_histograms_of_given_embeddings(tmp_path, monkeypatch):
+    (z, w), noise = torch.randn(2, 40, 8, generator=seeded()), torch.randn(2600, 8, generator=seeded(1))
+    many = z.repeat(65, 1)
+    np.savez(tmp_path / "e.npz", u=many, v=many + 0.1 * noise, few_u=w.repeat(2, 1), few_v=w.repeat(2, 1))
+    argv = *SMALL, "--experiment", "histograms", "--embeddings", tmp_path / "e.npz", "--out", tmp_path
     assert run(monkeypatch, *argv) == 0
-    assert json.loads(files[0].read_text())["numbers"] == record["numbers"]
+    record = json.loads((tmp_path / "histograms.json").read_text())
+    *_, given, few = record["numbers"]
+    assert [x["set"] for x in (given, few)] == ["embeddings", "few"] and record["knobs"]["embeddings"]
+    assert [len(x["random"]) for x in (given, few)] == [2, 1]  # windows of at most 1,280
+    assert min(given["spectral"]) > max(given["random"]) + 0.5
+    assert any(x["claim"] == "few: spectral batches harder than random ones" for x in record["claims"])
 
 
 def test_quick_leaves_out_what_it_cannot_settle(monkeypatch, tmp_path):
     ran = []
-    monkeypatch.setattr(synthetic, "run", lambda name, knobs, out: ran.append(name))
-    assert run(monkeypatch, "--quick", "--out", tmp_path) == run(monkeypatch, "--out", tmp_path) == 0
-    small = ["toy", "angle", "optima", "convergence", "subsets", "histograms"]
-    assert ran == small + small + ["temperature", "scaling"]
+    monkeypatch.setattr(synthetic, "run", lambda name, knobs, out: ran.append((name, knobs["kind"]["dtype"])))
+    argv = "--out", tmp_path, "--device", "auto"
+    assert run(monkeypatch, "--quick", "--float32", *argv) == run(monkeypatch, *argv) == 0
+    small = "toy", "angle", "optima", "convergence", "subsets", "histograms"
+    assert ran == [(x, torch.float32) for x in small] + [
+        (x, torch.float64) for x in (*small, "temperature", "scaling")]
 
 
 def lost(kind: str):
@@ -304,10 +349,16 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, mon
 @pytest.mark.parametrize("argv, words", [
     (["--out", "/proc", "--experiment", "angle"], ["cannot write /proc/angle.png", "another folder"]),
     (["--experiment", "toys"], ["toys", "did you mean toy?"]), (["--seeds", "1"], ["--seeds 1", ">= 2"]),
-    (["--lr", "0"], ["--lr 0", "> 0"]), (["--out", "file/out"], ["file", "give a folder"])])
+    (["--lr", "0"], ["--lr 0", "> 0"]), (["--out", "file/out"], ["file", "give a folder"]),
+    (["--device", "tpu"], ["--device tpu", "give cpu, cuda or auto"]),
+    (["--embeddings", "file"], ["--embeddings file", "give a .npz with arrays NAME_u"]),
+    (["--embeddings", "few.npz"], ["x has 63 pairs of at least 64"]),
+    (["--embeddings", "nan.npz"], ["64 of 64 rows with NaN"])])
 def test_bad_input_is_one_line(argv, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    for name, x in ("few", np.ones((63, 2))), ("nan", np.full((64, 2), np.nan)):
+        np.savez(tmp_path / name, x_u=x, x_v=x)
     assert run(monkeypatch, *SMALL, *argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("synthetic.py: error: ") and err.count("\n") == 1
