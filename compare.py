@@ -23,7 +23,7 @@ from cli import Stop
 
 KNOBS = {
     "baseline": (None, str, "group that the others are compared with, by its name in the table (default: "
-                 "random batches, simclr)"),
+                 "random batches, simclr if there)"),
     "target": (None, "float > 0 < 1", "R@1 to reach, between 0 and 1 (default: what the baseline ends at)"),
     "out": ("results", str, "folder of what is written"),
 }
@@ -129,12 +129,12 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
 
 
 def baseline_first(groups: dict[str, list[int]], runs: list[Run], name: str | None) -> dict[str, list[int]]:
-    """The groups, first the baseline: the one that is named, or random with NT-Xent. Raises Stop."""
+    """The groups, first the baseline: the one that is named, or random, best with NT-Xent. Raises Stop."""
     if name and name not in groups:
         raise Stop(f"--baseline {name}: no such group{cli.nearest(name, groups)}")
-    usual = [group for group, members in groups.items()
-             if [runs[members[0]].knobs[x] for x in ("sampler", "objective")] == ["random", "simclr"]]
-    baseline = name or [*usual, *groups][0]
+    knobs = {group: runs[members[0]].knobs for group, members in groups.items()}
+    baseline = name or min(groups, key=lambda x: (
+        knobs[x]["sampler"] != "random", knobs[x]["objective"] != "simclr"))
     return {baseline: groups[baseline], **groups}
 
 

@@ -75,7 +75,7 @@ KNOBS = {
     "select_after": (0, "int >= 0", "random batches for n epochs: hard ones pay once random ones are easy"),
     "batch_size": (32, "int >= 2", "images in a mini-batch, B"),
     # objective
-    "objective": ("simclr", ("simclr", "sogclr", "hcl", "dcl"), "simclr: NT-Xent; sogclr: global loss with "
+    "objective": (None, ("simclr", "sogclr", "hcl", "dcl"), "simclr: NT-Xent; sogclr: global loss with "
                   "running estimates; hcl: hard negatives weighted up; dcl: NT-Xent, no positive below"),
     "temperature": (0.1, "float > 0", "divides the cosine similarities, in the loss and in selection"),
     "gamma": (0.9, "float >= 0 <= 1", "sogclr: weight of the newest value in the running estimates"),
@@ -103,8 +103,10 @@ KNOBS = {
 }
 # The generated images' numbers were chosen on random batches alone: of 2,048 images at crop scale 0.5 and
 # half the jitter, their loss falls below 1.5 in the 4th epoch and to 1.0 in the 10th.
-PAPER = {"image_size": 224, "crop_scale": 0.08, "jitter": 1.0, "epochs": 100, "warmup_epochs": 10}
-QUICK = {"limit": 2048, "image_size": 32, "crop_scale": 0.5, "jitter": 0.5, "epochs": 10, "warmup_epochs": 1}
+PAPER = {"image_size": 224, "crop_scale": 0.08, "jitter": 1.0, "objective": "simclr", "epochs": 100,
+         "warmup_epochs": 10}
+QUICK = {"limit": 2048, "image_size": 32, "crop_scale": 0.5, "jitter": 0.5, "objective": "dcl", "epochs": 10,
+         "warmup_epochs": 1}
 DATASET_DEFAULTS = {"cifar100": PAPER, "tinyimagenet": PAPER, "folder": PAPER, "deadleaves": QUICK}
 FREE_ON_RESUME = {"data_dir", "out_dir", "device", "step", "resume", "max_steps", "log_every",
                   "checkpoint_minutes"}

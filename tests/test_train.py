@@ -250,7 +250,7 @@ def test_checkpoint_troubles(leaves, tmp_path, capsys):
     line = refusal(capsys, *argv)
     assert "--resume" in line and "--out-dir" in line
     line = refusal(capsys, *argv, "--resume", "--temperature", "0.2", "--objective", "sogclr")
-    assert "temperature: 0.1 there, 0.2 now" in line and "objective: simclr there, sogclr now" in line
+    assert "temperature: 0.1 there, 0.2 now" in line and "objective: dcl there, sogclr now" in line
     assert "seed" not in line and "digest: " not in line.split("; digest: of")[0]
     # a full disk: the write fails half-way, the checkpoint of before stands
     before = (run / "checkpoint.pt").read_bytes()
