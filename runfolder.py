@@ -276,5 +276,5 @@ class Journal:
         state.update(loss_sum=0.0, loss_count=0, chosen=[], random=[])
         self._write_log()
         self._scalars(validation__R1=line["R1"], validation__R5=line["R5"])
-        self.say(f"epoch {epoch:g}: loss {line['loss']:.3f}, R@1 {line['R1']:.1%}, R@5 {line['R5']:.1%} of "
-                 f"{images} validation images")
+        self.say(f"epoch {round(epoch, 2):g}: loss {line['loss']:.3f}, R@1 {line['R1']:.1%}, "
+                 f"R@5 {line['R5']:.1%} of {images} validation images")

@@ -18,6 +18,7 @@ from PIL import Image
 import cli
 import runfolder
 import train
+from rivals import released_spectral
 
 
 def quick(leaves, out, *flags):
@@ -112,6 +113,47 @@ def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, unse
         assert all(line["chosen_loss"] > line["random_loss"] for line in logs[0])
     if objective == "sogclr":
         assert a["sogclr"]["log_u"].isfinite().any() and a["sogclr"]["log_u"].shape == (40,)
+
+
+def trained_on(leaves, out, monkeypatch, *flags):
+    """Batches that a run trains on, [steps, B], and the embeddings u, v of all images, as often as taken."""
+    take, embed_images, batches, embedded = train.Step.__call__, train.embed_images, [], []
+
+    def step(self, rows, *more):
+        batches.append(rows)
+        take(self, rows, *more)
+
+    def embedding(self, images, rows, *more):
+        uv = embed_images(self, images, rows, *more)
+        if len(images) == 24:  # of training
+            assert rows.tolist() == list(range(24))
+            embedded.append(uv)
+        return uv
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Step, "__call__", step)
+        patch.setattr(train, "embed_images", embedding)
+        patch.setattr(train, "VALIDATION_IMAGES", 64)
+        patch.setattr(os, "fsync", lambda _: None)
+        assert cli.run(train.main, "train.py", quick(leaves, out, *flags, *SELDOM)) == 0
+    return torch.stack(batches), embedded
+
+
+def test_the_released_batches_are_trained_on(leaves, tmp_path, monkeypatch, one_thread):
+    flags = "--sampler spectral-released --k 2 --embeddings list --limit 24 --batch-size 6".split()
+    flags += ["--max-steps"]
+    batches, embedded = trained_on(leaves, tmp_path / "whole", monkeypatch, *flags, "7")
+    expected = []
+    for epoch, (u, v) in enumerate(embedded):
+        dice = torch.Generator().manual_seed(epoch)
+        for window in torch.randperm(24, generator=dice).split(12):
+            expected += window[released_spectral(u[window], v[window], 6, 2, 0.1, dice)]
+    assert len(embedded) == 2 and torch.equal(batches, torch.stack(expected)[:7])
+    # Stopped within a window of the second epoch, whose next one is chosen on the embeddings of before.
+    begun, _ = trained_on(leaves, tmp_path / "parts", monkeypatch, *flags, "5")
+    rest, again = trained_on(leaves, tmp_path / "parts", monkeypatch, *flags, "7", "--resume")
+    assert torch.equal(torch.cat([begun, rest]), batches) and not again
+    a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    assert a.pop("journal")["step"] == b.pop("journal")["step"] == 7 and equal(a, b)
 
 
 def test_what_a_run_tells(leaves, tmp_path):
