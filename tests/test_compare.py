@@ -93,6 +93,8 @@ def test_groups_have_short_names():
     def first(name):
         return next(iter(compare.baseline_first(groups, runs, name)))
     assert [first(x) for x in (None, "random, dcl")] == ["random, batch-size 32", "random, dcl"]
+    del groups["random, batch-size 32"], groups["random, batch-size 128"]
+    assert first(None) == "random, dcl"
     with pytest.raises(compare.Stop, match="did you mean random, dcl"):
         first("random dcl")
     with pytest.raises(compare.Stop, match="osgd-1 and osgd-1 have the same settings and seed"):
