@@ -109,8 +109,9 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
         groups.setdefault(json.dumps(knobs[i], sort_keys=True), []).append(i)
     order = dict.fromkeys(["sampler", "objective", "embeddings", "batch_size", "select_after", "k", "q",
                            *(name for own in knobs for name in own)])
-    differ = {name for name in ("objective", "embeddings", "batch_size")
-              if len({own.get(name) for own in knobs if own["sampler"] != "random" or name != "embeddings"}) > 1}
+    chosen = [own for own in knobs if own["sampler"] != "random"]  # which alone has no embeddings
+    differ = {name for name, those in (("objective", knobs), ("embeddings", chosen), ("batch_size", knobs))
+              if len({own.get(name) for own in those}) > 1}
     for members in sorted(groups.values(), key=min):
         own, peers, words = knobs[members[0]], [knobs[x[0]] for x in groups.values()], []
         for name in order:  # these three where any runs differ; of others what it takes to tell groups apart
