@@ -197,6 +197,10 @@ def test_what_is_forgotten_is_said(tmp_path):
     trainer, _ = make_trainer(tmp_path, datasets(False), callback=False)
     with pytest.raises(ValueError, match="callbacks="):
         trainer.train()
+    trainer, _ = make_trainer(tmp_path, datasets(False))
+    trainer.train_dataset = datasets(False)
+    with pytest.raises(ValueError, match="give it the same"):
+        trainer.train()
     with pytest.raises(ValueError, match="'window', 'epoch' or 'free'"):
         example.hard_batches(None, datasets(False), refresh="step")
 
