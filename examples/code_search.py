@@ -23,16 +23,16 @@ from samplers import ContrastiveBatchSampler, batch_losses
 
 # Temperature and learning rate: of those tried the best for random batches.
 BATCH_SIZE, TEMPERATURE, LEARNING_RATE, DIM, BUCKETS = 32, 0.1, 0.01, 128, 2 ** 15
-LEFT_OUT = set("site-packages dist-packages test tests encodings pydoc_data idlelib distutils lib2to3".split())
+SKIPPED = set("site-packages dist-packages test tests encodings pydoc_data idlelib distutils lib2to3".split())
 
 
 def standard_library() -> dict[str, list[tuple[str, str]]]:
     """(first paragraph of the docstring, body) of each function that has both, by module."""
     root, found = Path(sysconfig.get_paths()["stdlib"]), {}
-    for top in sorted(path for path in root.iterdir() if path.name not in LEFT_OUT):
+    for top in sorted(path for path in root.iterdir() if path.name not in SKIPPED):
         for path in sorted(top.rglob("*.py")) if top.is_dir() else [top] * (top.suffix == ".py"):
             source = path.read_text(encoding="utf-8", errors="replace")
-            if LEFT_OUT & set(path.relative_to(root).parts) or '"""' not in source:
+            if SKIPPED & set(path.relative_to(root).parts) or '"""' not in source:
                 continue
             lines = source.splitlines()
             for node in ast.walk(ast.parse(source)):

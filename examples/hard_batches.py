@@ -81,8 +81,7 @@ class hard_batches(TrainerCallback):
             self.hook = self.model.register_forward_hook(self.keep)
 
     def on_train_end(self, *_, **__):
-        if self.hook is not None:
-            self.hook = self.hook.remove()
+        self.hook = self.hook and self.hook.remove()
 
     def keep(self, model, _, output):  # the first two columns; the loss may embed parts of them, or repeat it
         if model.training and sum(map(len, self.embedded)) < 2 * len(self.fetched[self.trained][1]):
@@ -104,6 +103,7 @@ class hard_batches(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         behind = [name for name, _ in self.fetched[self.trained:]]
+        behind *= len(behind) >= args.world_size  # fewer at an epoch's end: accelerate leaves them out
         states = {name: sampler.state_dict(behind.count(name)) for name, sampler in self.samplers.items()}
         if state.is_world_process_zero:
             torch.save(states, f"{args.output_dir}/checkpoint-{state.global_step}/sampler.pt")
@@ -114,7 +114,7 @@ class hard_batches(TrainerCallback):
 
 class _Told(ContrastiveBatchSampler):
     def __iter__(self):
-        yield from [[0] * self.batch_size] * (self.step if self.loaded else 0)  # the trainer skips them
+        yield from [list(range(self.batch_size))] * (self.step if self.loaded else 0)  # the trainer skips them
         for rows in super().__iter__():
             self.tell(rows)
             yield rows

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def datasets(two: bool):
     ("window", False, 14, {}), ("window", False, 10, {}), ("epoch", False, 14, {}), ("window", True, 19, {}),
     ("window", True, 19, {"multi_dataset_batch_sampler": "round_robin"}),
     ("window", False, 4, {"gradient_accumulation_steps": 4}), ("free", False, 14, {}), ("free", True, 19, {}),
-    ("free", False, 4, {"gradient_accumulation_steps": 4}), ("free", False, 14, {"dataloader_num_workers": 1}),
+    ("free", False, 4, {"gradient_accumulation_steps": 4}),
+    ("free", False, 14, {"dataloader_num_workers": 1}),
     ("window", False, 14, {"dataloader_num_workers": 1})])
 def test_a_resumed_run_gets_the_batches_that_would_have_come(tmp_path, refresh, two, step, args):
     args |= {"save_strategy": "steps", "save_steps": step}
@@ -152,39 +154,41 @@ def test_free_is_what_the_steps_embed(tmp_path, name, options):
     assert hard.samplers[0].seen.all() and not model._forward_hooks
     for column, stored in zip(("anchor", "positive"), hard.samplers[0].uv.unbind(1)):
         expected = model.encode(rows[column], convert_to_tensor=True)
-        same, other = (torch.nn.functional.cosine_similarity(stored, x) for x in (expected, expected.roll(1, 0)))
+        same, other = (torch.nn.functional.cosine_similarity(stored, x)
+                       for x in (expected, expected.roll(1, 0)))
         assert same.min() > 1 - 1e-5 and other.max() < 1 - 1e-4
 
 
-@pytest.mark.parametrize("refresh", ["window", "free"])
-def test_two_processes_deal_out_each_batch_once_and_go_on(tmp_path, refresh):
+@pytest.mark.parametrize("refresh, step", [("window", 8), ("free", 12)])
+def test_two_processes_deal_out_each_batch_once_and_go_on(tmp_path, refresh, step):
     script = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import torch, test_examples as t
 from datasets import Dataset
 torch.set_num_threads(1)
 def run(path=None):
-    rows = t.some_pairs(100)
+    rows = t.some_pairs(108)
     rows["anchor"][:4] = ["a i q"] * 4
     trainer, hard = t.make_trainer({str(tmp_path)!r}, Dataset.from_dict(rows), {refresh!r},
-                                   save_strategy="steps", save_steps=8)
+                                   save_strategy="steps", save_steps={step})
     seen = t.batches_seen(trainer)
     trainer.train(resume_from_checkpoint=path)
     parameters = [p.detach() for p in trainer.model.parameters()]
     return seen, hard.samplers[0].uv, [b for _, b in hard.fetched], trainer.args.process_index, parameters
 whole = run()
-again = run({str(tmp_path)!r} + "/checkpoint-8")
+again = run({str(tmp_path)!r} + "/checkpoint-{step}")
 torch.save((whole, again), {str(tmp_path)!r} + f"/{{whole[3]}}.pt")
 """
     (tmp_path / "run.py").write_text(script)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           tmp_path / "run.py"], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node=2", tmp_path / "run.py"], capture_output=True, text=True,
+                          timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (one, one_again), (two, two_again) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert len(one[0]) == len(two[0]) == 3 * 6  # 12 batches of 8 an epoch, and 4 rows left out
-    assert one[2] == two[2] and len(set(sum(one[2], []))) == 96
+    assert len(one[0]) == len(two[0]) == 3 * 6  # 13 batches of 8 an epoch, the last one left out
+    assert one[2] == two[2] and len(set(sum(one[2], []))) == 104
     assert all(sum(row < 4 for row in batch) < 2 for batch in one[2])
-    assert one_again[0] == one[0][8:] and two_again[0] == two[0][8:] and one[0] != two[0]
+    assert one_again[0] == one[0][step:] and two_again[0] == two[0][step:] and one[0] != two[0]
     if refresh == "free":
         torch.testing.assert_close(one[1], two[1])
     for a, b, c in zip(one[4], two[4], one_again[4]):
@@ -197,6 +201,11 @@ def test_what_is_forgotten_is_said(tmp_path):
     trainer, _ = make_trainer(tmp_path, datasets(False), callback=False)
     with pytest.raises(ValueError, match="callbacks="):
         trainer.train()
+    trainer, hard = make_trainer(tmp_path, datasets(True), "free")
+    trainer.get_train_dataloader()
+    for gpus, processes in (2, 1), (1, 2):
+        with pytest.raises(ValueError, match="or give 'window'"):
+            hard.on_train_begin(SimpleNamespace(prompts=None, n_gpu=gpus, world_size=processes), None, None)
     trainer, _ = make_trainer(tmp_path, datasets(False))
     trainer.train_dataset = datasets(False)
     with pytest.raises(ValueError, match="give it the same"):
