@@ -103,7 +103,6 @@ class hard_batches(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         behind = [name for name, _ in self.fetched[self.trained:]]
-        behind *= len(behind) >= args.world_size  # fewer at an epoch's end: accelerate leaves them out
         states = {name: sampler.state_dict(behind.count(name)) for name, sampler in self.samplers.items()}
         if state.is_world_process_zero:
             torch.save(states, f"{args.output_dir}/checkpoint-{state.global_step}/sampler.pt")
@@ -114,7 +113,8 @@ class hard_batches(TrainerCallback):
 
 class _Told(ContrastiveBatchSampler):
     def __iter__(self):
-        yield from [list(range(self.batch_size))] * (self.step if self.loaded else 0)  # the trainer skips them
+        skipped = self.step if self.loaded else 0  # by the trainer, in several processes only whole batches
+        yield from [list(range(self.batch_size))] * skipped
         for rows in super().__iter__():
             self.tell(rows)
             yield rows
