@@ -69,7 +69,7 @@ class hard_batches(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         self.prompts = args.prompts
         if len(self.samplers) < len(self.train):
-            raise ValueError("train_dataset is another object than hard_batches got; give it the same")
+            raise ValueError("batch_sampler is another object, or train_dataset other than train; give both")
         if self.free and (args.n_gpu > 1 or args.world_size > 1 < len(self.samplers)):
             raise ValueError("refresh is 'free' and GPUs share a process, or processes several data sets; "
                              "start one process a GPU with torchrun, or give 'window'")
