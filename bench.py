@@ -142,7 +142,7 @@ def choosers(u: Tensor, v: Tensor, labels: Tensor | None, g: torch.Generator, ag
         found |= {"spectral, against": spectral(False, against), "refined, against": spectral(True, against)}
     if labels is not None:
         found |= {"refined, exclude=labels": spectral(True, exclude=labels),
-                  "refined, ceiling=0.99": spectral(True, ceiling=0.99)}
+                  "refined, relative_margin=0.1": spectral(True, relative_margin=0.1)}
     return found
 
 

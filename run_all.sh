@@ -106,7 +106,7 @@ report() { step report - report.py; }
 examples() {
   step examples-packages - -m pip install -q -r requirements-examples.txt
   finish "${!pids[@]}"
-  for x in examples/[!t]*.py; do step "${x##*/}" - "$x"; done
+  for x in examples/[!ht]*.py; do step "${x##*/}" - "$x"; done
   step test-examples - -m pytest -q examples
 }
 coming="" failed="" pids=() logs=()  # pids and logs of what runs, by slot

@@ -251,7 +251,7 @@ def spectral_affinity(u: Tensor, v: Tensor, batch_size: int, temperature: float 
 
 def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature: float = 0.1,
                      generator: Generator | None = None, refine: bool = False, exclude: Tensor | None = None,
-                     ceiling: float | None = None) -> Tensor:
+                     relative_margin: float | None = None) -> Tensor:
     """Batches of samples hard to tell apart: balanced spectral clustering of spectral_affinity (Algorithm 1).
 
     u, v [n, d] in a random order: each window of k * B rows (the last may be smaller) is split into batches
@@ -259,31 +259,36 @@ def spectral_batches(u: Tensor, v: Tensor, batch_size: int, k: int, temperature:
     between batches until they are harder still (ours: refine_by_weight).  Memory is O((k B)^2) up to
     DENSE_ROWS rows or DENSE_BATCHES batches; a larger window is cut into parts of similar rows, about
     PART_ROWS each, and with refine batches that lie close are twice brought together in new parts.
-    Against false negatives: exclude [n], integers such as class labels: two rows of one number share a batch
-    only where sizes leave no other way (needs refine and a window solved whole). ceiling, a quantile, 0.999
-    say: heavier edges weigh no more than it, so that near-duplicates attract no more than others.
+    Against false negatives, with refine, such rows share a batch only where sizes leave no other way: exclude
+    [n], integers such as class labels: rows of one number (needs a window solved whole); relative_margin (as
+    in NV-Retriever): rows whose u_i.v_j and u_j.v_i exceed 1 - relative_margin of both u_i.v_i and u_j.v_j.
     """
     _check(u, v, temperature, read=True)
     _, B, k = _check_size(len(u), batch_size, k)
     exclude = _check_exclude(exclude, len(u), refine, B, k)
-    if ceiling is not None and not 0 < ceiling <= 1:
-        raise ValueError(f"ceiling is {ceiling}; give a quantile > 0 and <= 1, for instance 0.999")
+    if relative_margin is not None and not (0 <= relative_margin < 1 and refine):
+        raise ValueError(f"relative_margin is {relative_margin}, refine {refine}; give one >= 0 and < 1, for "
+                         "instance 0.1, and refine=True")
     whole = len(u) // B * B
     u, v = (x.float() for x in _unit(u.detach()[:whole], v.detach()[:whole]))
 
     def solve(rows: Tensor, batches: Tensor | None = None) -> Tensor:
         w = spectral_affinity(u[rows], v[rows], B, temperature)
-        if ceiling is not None:
-            w = w.clamp(max=w.flatten().kthvalue(math.ceil(ceiling * w.numel())).values)
+        apart, rounds = None, None
         if exclude is not None:
             group = exclude.to(w.device)[rows]
-            same = (group[:, None] == group).fill_diagonal_(False)
-            w = w.masked_fill(same, 0)
+            apart = group[:, None] == group
+        if relative_margin is not None:
+            s = u[rows] @ v[rows].T
+            near = (1 - relative_margin) * s.diagonal()
+            close = torch.minimum(s, s.T) > torch.maximum(near[:, None], near)
+            apart = close if apart is None else apart | close
+        if apart is not None:
+            w.masked_fill_(apart.fill_diagonal_(False), 0)
         if batches is None:
             batches = _balanced_clusters(w, B, generator)
-        rounds = None
-        if exclude is not None:  # one such edge outweighs all that a batch can gain; a round may part but two
-            w = w.masked_fill(same, -4 * B * w.max())
+        if apart is not None:  # one such edge outweighs all that a batch can gain; a round may part but two
+            w.masked_fill_(apart, -4 * B * w.max())
             rounds = max(batches.numel(), 2 ** 31 // (batches.numel() * B))
         return rows[refine_by_weight(w, batches, rounds) if refine else batches.to(rows.device)]
 
@@ -447,8 +452,8 @@ class ContrastiveBatchSampler(BatchSampler):
     each split into k hard batches; "osgd" (6): of each k batches of a permutation the q of highest, or
     `lowest`, loss; "osgd-replacement" (5): of k batches drawn anew from all samples; "random" (4); or a
     function (u, v, batch_size, k, temperature, generator) -> batches [m, B] of the window's rows.  k: 40, or
-    n // B if that is less; q: a tenth of k.  refine, exclude, ceiling, loss, temperature: as in
-    spectral_batches, select_by_loss. The first random_epochs are random.  u, v [m, d] come from
+    n // B if that is less; q: a tenth of k.  refine, exclude, relative_margin, loss, temperature:
+    as in spectral_batches, select_by_loss. The first random_epochs are random.  u, v [m, d] come from
     - embed(indices [m]), without gradients, embed_size samples a call; set the encoder to eval mode in it.
       Each window is embedded in its turn or, at_once, all samples whenever a permutation is drawn
       (osgd-replacement: in each epoch); or
@@ -463,13 +468,13 @@ class ContrastiveBatchSampler(BatchSampler):
     does. It, and DataLoader workers, fetch ahead: state_dict(behind).
     """
     MADE = ("num_samples", "batch_size", "method", "refine", "k", "q", "lowest", "temperature", "loss",
-            "ceiling", "seed", "random_epochs", "at_once", "world_size")
+            "relative_margin", "seed", "random_epochs", "at_once", "world_size")
     STATE = "epoch", "step", "rest", "random", "pending", "stale", "uv", "seen"
 
     def __init__(self, num_samples: int, batch_size: int, method: str | Callable = "spectral",
                  refine: bool = True, k: int | None = None, q: int | None = None, temperature: float = 0.1,
                  seed: int = 0, embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-                 lowest: bool = False, exclude: Tensor | None = None, ceiling: float | None = None,
+                 lowest: bool = False, exclude: Tensor | None = None, relative_margin: float | None = None,
                  rank: int = 0, world_size: int = 1, loss: str = "nt_xent", random_epochs: int = 0,
                  at_once: bool = False, ahead: bool = False, embed_size: int = 256):
         n, B, _ = _check_size(num_samples, batch_size)
@@ -479,15 +484,15 @@ class ContrastiveBatchSampler(BatchSampler):
         if not by_loss and not spectral and method != "random" and not callable(method):
             raise ValueError(f"method is {method!r}; give 'spectral', 'osgd', 'osgd-replacement', "
                              "'random' or a function")
-        if not (by_loss or q is None and not lowest) or not (spectral or exclude is None and ceiling is None):
+        if not (by_loss or q is None and not lowest) or not (spectral or exclude is relative_margin is None):
             raise ValueError(f"method is {method!r}, q {q}, lowest {lowest}; q and lowest are for 'osgd' and "
-                             "'osgd-replacement', exclude and ceiling for 'spectral'")
+                             "'osgd-replacement', exclude and relative_margin for 'spectral'")
         if at_once and embed is None:
             raise ValueError("at_once is given and embed is not; give both, or neither")
         q = max(1, k // 10) if q is None else _integer("q", q)
         two = torch.ones(2, 1)  # the functions themselves refuse what they cannot use
         select_by_loss(two, two, torch.zeros(k, 2, dtype=torch.int64), q, temperature, loss=loss)
-        spectral_batches(two, two, 2, 1, temperature, None, refine, None, ceiling)
+        spectral_batches(two, two, 2, 1, temperature, None, refine, None, relative_margin)
         super().__init__(SequentialSampler(range(n)), B, drop_last=True)  # what trainers look at
         self.world_size = _integer("world_size", world_size, 1, n // B)
         self.rank = _integer("rank", rank, 0, self.world_size - 1)
@@ -495,7 +500,7 @@ class ContrastiveBatchSampler(BatchSampler):
         self.k, self.q, self.lowest, self.refine = k, q, bool(lowest), bool(refine)
         self.temperature, self.loss, self.seed = float(temperature), loss, _integer("seed", seed)
         self.exclude = _check_exclude(exclude, n, refine, B, k)
-        self.ceiling = None if ceiling is None else float(ceiling)
+        self.relative_margin = None if relative_margin is None else float(relative_margin)
         self.random_epochs = _integer("random_epochs", random_epochs)
         self.embed, self.embed_size = embed, _integer("embed_size", embed_size, 1)
         self.at_once = bool(at_once)
@@ -591,7 +596,7 @@ class ContrastiveBatchSampler(BatchSampler):
             chosen = select_by_loss(u, v, local, self.q, self.temperature, self.lowest, self.loss)
         elif self.method == "spectral":
             exclude = None if self.exclude is None else self.exclude[rows]
-            chosen = spectral_batches(*words, self.refine, exclude, self.ceiling)
+            chosen = spectral_batches(*words, self.refine, exclude, self.relative_margin)
         else:
             _check(u, v, self.temperature, read=True)
             chosen = self.method(*words)

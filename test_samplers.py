@@ -380,14 +380,20 @@ def test_exclude_keeps_groups_apart_and_stays_hard():
     assert sum(16 - (rows % 12).unique().numel() for rows in crowded) == 64  # 12 groups in 16 places
 
 
-def test_ceiling_takes_their_pull_from_the_heaviest_edges():
+def test_relative_margin_keeps_copies_apart_and_stays_hard():
     u, v, _ = clustered(16, 16, 1.0)
-    w = spectral_affinity(u, v, 8)
-    least = w.flatten().quantile(0.98)
-    plain, clipped = (spectral_batches(u, v, 8, 32, generator=seeded(), refine=True, ceiling=x)
-                      for x in (None, 0.98))
-    assert inside(w.clamp(max=least), clipped) > inside(w.clamp(max=least), plain)
-    assert inside(w.clamp(min=least) - least, clipped) < 0.95 * inside(w.clamp(min=least) - least, plain)
+    u[128:144], v[128:144] = (x[:16] + 0.01 * torch.randn(16, x.shape[1], generator=seeded()) for x in (u, v))
+    plain, apart = (spectral_batches(u, v, 8, 32, generator=seeded(), refine=True, relative_margin=x)
+                    for x in (None, 0.1))
+
+    def together(batches):
+        return sum(((rows[:, None] - rows) == 128)[:, rows < 16].any(0).sum().item() for rows in batches)
+    assert together(plain) > 8 and together(apart) == 0 and is_partition(apart, 256)
+    random = batch_losses(u, v, random_batches(256, 8, seeded())).mean()
+    assert batch_losses(u, v, apart).mean() > random + 0.3 * (batch_losses(u, v, plain).mean() - random)
+    distinct = torch.eye(64)  # no two rows are alike
+    assert torch.equal(*(spectral_batches(distinct, distinct, 8, 8, generator=seeded(), refine=True,
+                                          relative_margin=x) for x in (None, 0.1)))
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -448,7 +454,9 @@ OTHERS = [
     (lambda: SPECTRAL(refine=True, exclude=PAIRS[:7]), "exclude is (7,)", "20 integers"),
     (lambda: SPECTRAL(exclude=PAIRS), "refine False", "refine=True"),
     (lambda: spectral_batches(*BIG, 8, 130, 0.1, None, True, range(1040)), "k 130", "at most 128"),
-    *((lambda x=x: SPECTRAL(ceiling=x), f"ceiling is {x}", "0.999") for x in (0, 1.5, math.nan)),
+    *((lambda x=x: SPECTRAL(refine=True, relative_margin=x), f"relative_margin is {x}", "0.1")
+      for x in (-0.1, 1, math.nan)),
+    (lambda: SPECTRAL(relative_margin=0.1), "refine False", "refine=True"),
     (lambda: batch_losses(U, V, ROWS.numpy()), "batches is of type ndarray", "int64"),
     (lambda: batch_losses(U, V, ROWS, loss="clip"), "loss is 'clip'", "infonce"),
     (lambda: osgd_batches(U, V, 4., 5, 2), "batch_size is 4.0", "an integer"),

@@ -23,17 +23,16 @@ from samplers import ContrastiveBatchSampler, batch_losses
 
 # Temperature and learning rate: of those tried the best for random batches.
 BATCH_SIZE, TEMPERATURE, LEARNING_RATE, DIM, BUCKETS = 32, 0.1, 0.01, 128, 2 ** 15
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
-            "idlelib", "distutils", "lib2to3"}
+SKIPPED = set("site-packages dist-packages test tests encodings pydoc_data idlelib distutils lib2to3".split())
 
 
 def standard_library() -> dict[str, list[tuple[str, str]]]:
     """(first paragraph of the docstring, body) of each function that has both, by module."""
     root, found = Path(sysconfig.get_paths()["stdlib"]), {}
-    for top in sorted(path for path in root.iterdir() if path.name not in LEFT_OUT):
+    for top in sorted(path for path in root.iterdir() if path.name not in SKIPPED):
         for path in sorted(top.rglob("*.py")) if top.is_dir() else [top] * (top.suffix == ".py"):
             source = path.read_text(encoding="utf-8", errors="replace")
-            if LEFT_OUT & set(path.relative_to(root).parts) or '"""' not in source:
+            if SKIPPED & set(path.relative_to(root).parts) or '"""' not in source:
                 continue
             lines = source.splitlines()
             for node in ast.walk(ast.parse(source)):
@@ -87,8 +86,9 @@ def train(method: str, seed: int, epochs: int, exclude: torch.Tensor, *data: tor
         began = time.process_time()
         for rows in sampler:
             u, v = of_text(texts[rows]), of_code(codes[rows])  # [B, DIM]
-            loss = batch_losses(u, v, torch.arange(len(rows))[None], TEMPERATURE, "infonce").mean()
-            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            optimizer.zero_grad()
+            batch_losses(u, v, torch.arange(len(rows))[None], TEMPERATURE, "infonce").mean().backward()
+            optimizer.step()
             sampler.update(rows, u, v)  # what the next epoch's batches are chosen by
         seconds += time.process_time() - began
         scores = F.normalize(of_text(test_texts)).detach() @ F.normalize(of_code(test_codes)).detach().T
@@ -107,10 +107,10 @@ def main(epochs: int = 10, seeds: int = 3, limit: int | None = None, out: Path =
         curves[method] = np.stack([train(method, seed, epochs, exclude, *data) for seed in range(seeds)])
         for steps, seconds, mrr, first in curves[method].mean(0):
             print(f"{method:8} {steps:5.0f} steps {seconds:5.1f} s  MRR {mrr:.3f}  R@1 {100 * first:4.1f} %")
-        for x, axis in enumerate(axes[0]):
-            axis.plot(*curves[method].mean(0).T[[x, 2]], color=COLOURS[method], label=method)
-            axis.set(xlabel=("steps", "seconds")[x], ylabel="MRR")
-            axis.legend()
+        for axis, x, label in zip(axes[0], curves[method].mean(0).T, ("steps", "seconds")):
+            axis.plot(x, curves[method].mean(0)[:, 2], color=COLOURS[method], label=method)
+            axis.set(xlabel=label, ylabel="MRR")
+    axes[0][0].legend()
     out.mkdir(parents=True, exist_ok=True)
     save_figure(figure, out / "code_search")
     return curves

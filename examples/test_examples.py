@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,19 +38,19 @@ def some_pairs(n: int, start: int = 0) -> dict:
     return {"anchor": names[start:start + n], "positive": [x[::-1] for x in names[start:start + n]]}
 
 
-def make_trainer(out, train, refresh="window", callback=True, evaluate=None, **args):
+def make_trainer(out, train, refresh="window", callback=True, evaluate=None, model=None, loss=None, **args):
     import sentence_transformers_pairs as example
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     torch.manual_seed(0)
-    model = example.static_model([" ".join("abcdefghijklmnopqrstuvwx")], 16)
+    model = model or example.static_model([" ".join("abcdefghijklmnopqrstuvwx")], 16)
     hard = example.hard_batches(model, train, refresh=refresh, k=3)
     arguments = SentenceTransformerTrainingArguments(**{
         "output_dir": str(out), "num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 0.1,
         "batch_sampler": hard, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "use_cpu": True} | args)
     trainer = SentenceTransformerTrainer(model, arguments, train_dataset=train, eval_dataset=evaluate,
-                                         loss=MultipleNegativesRankingLoss(model),
+                                         loss=loss or MultipleNegativesRankingLoss(model),
                                          callbacks=[hard] if callback else [])
     return trainer, hard
 
@@ -64,7 +65,9 @@ def datasets(two: bool):
 @pytest.mark.parametrize("refresh, two, step, args", [
     ("window", False, 14, {}), ("window", False, 10, {}), ("epoch", False, 14, {}), ("window", True, 19, {}),
     ("window", True, 19, {"multi_dataset_batch_sampler": "round_robin"}),
-    ("window", False, 4, {"gradient_accumulation_steps": 4}),
+    ("window", False, 4, {"gradient_accumulation_steps": 4}), ("free", False, 14, {}), ("free", True, 19, {}),
+    ("free", False, 4, {"gradient_accumulation_steps": 4}),
+    ("free", False, 14, {"dataloader_num_workers": 1}),
     ("window", False, 14, {"dataloader_num_workers": 1})])
 def test_a_resumed_run_gets_the_batches_that_would_have_come(tmp_path, refresh, two, step, args):
     args |= {"save_strategy": "steps", "save_steps": step}
@@ -120,12 +123,94 @@ def test_the_sampler_embeds_with_the_prompts_of_training(tmp_path, prompts, two,
     assert set(zip(given[::2], given[1::2])) == ({expected, ("T: ", "T: ")} if two else {expected})
 
 
+def small_bert(folder):
+    """A transformer made from nothing, without dropout, as a folder that SentenceTransformer reads."""
+    import sentence_transformers_pairs as example
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    tokenizer = example.static_model([" ".join("abcdefghijklmnopqrstuvwx")], 16).tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]")
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("MultipleNegativesRankingLoss", {}), ("CachedMultipleNegativesRankingLoss", {"mini_batch_size": 3}),
+    ("MatryoshkaLoss", {"matryoshka_dims": [16, 8]})])
+def test_free_is_what_the_steps_embed(tmp_path, name, options):
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    model = SentenceTransformer(small_bert(tmp_path / "bert"), device="cpu")
+    if name == "MatryoshkaLoss":
+        options["loss"] = losses.MultipleNegativesRankingLoss(model)
+    rows = some_pairs(84) | {"negative": some_pairs(84, 100)["anchor"]}
+    trainer, hard = make_trainer(tmp_path, Dataset.from_dict(rows), "free", model=model, learning_rate=0.0,
+                                 loss=getattr(losses, name)(model, **options), eval_strategy="epoch",
+                                 evaluate=Dataset.from_dict(some_pairs(20, 200)))
+    trainer.train()
+    assert hard.samplers[0].seen.all() and not model._forward_hooks
+    for column, stored in zip(("anchor", "positive"), hard.samplers[0].uv.unbind(1)):
+        expected = model.encode(rows[column], convert_to_tensor=True)
+        same, other = (torch.nn.functional.cosine_similarity(stored, x)
+                       for x in (expected, expected.roll(1, 0)))
+        assert same.min() > 1 - 1e-5 and other.max() < 1 - 1e-4
+
+
+@pytest.mark.parametrize("refresh, step", [("window", 8), ("free", 12)])
+def test_two_processes_deal_out_each_batch_once_and_go_on(tmp_path, refresh, step):
+    script = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import torch, test_examples as t
+from datasets import Dataset
+torch.set_num_threads(1)
+def run(path=None):
+    rows = t.some_pairs(108)
+    rows["anchor"][:4] = ["a i q"] * 4
+    trainer, hard = t.make_trainer({str(tmp_path)!r}, Dataset.from_dict(rows), {refresh!r},
+                                   save_strategy="steps", save_steps={step})
+    seen = t.batches_seen(trainer)
+    trainer.train(resume_from_checkpoint=path)
+    parameters = [p.detach() for p in trainer.model.parameters()]
+    return seen, hard.samplers[0].uv, [b for _, b in hard.fetched], trainer.args.process_index, parameters
+whole = run()
+again = run({str(tmp_path)!r} + "/checkpoint-{step}")
+torch.save((whole, again), {str(tmp_path)!r} + f"/{{whole[3]}}.pt")
+"""
+    (tmp_path / "run.py").write_text(script)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node=2", tmp_path / "run.py"], capture_output=True, text=True,
+                          timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (one, one_again), (two, two_again) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(one[0]) == len(two[0]) == 3 * 6  # 13 batches of 8 an epoch, the last one left out
+    assert one[2] == two[2] and len(set(sum(one[2], []))) == 104
+    assert all(sum(row < 4 for row in batch) < 2 for batch in one[2])
+    assert one_again[0] == one[0][step:] and two_again[0] == two[0][step:] and one[0] != two[0]
+    if refresh == "free":
+        torch.testing.assert_close(one[1], two[1])
+    for a, b, c in zip(one[4], two[4], one_again[4]):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
+
+
 def test_what_is_forgotten_is_said(tmp_path):
     import sentence_transformers_pairs as example
     trainer, _ = make_trainer(tmp_path, datasets(False), callback=False)
     with pytest.raises(ValueError, match="callbacks="):
         trainer.train()
-    with pytest.raises(ValueError, match="'window' or 'epoch'"):
+    trainer, hard = make_trainer(tmp_path, datasets(True), "free")
+    trainer.get_train_dataloader()
+    for gpus, processes in (2, 1), (1, 2):
+        with pytest.raises(ValueError, match="or give 'window'"):
+            hard.on_train_begin(SimpleNamespace(prompts=None, n_gpu=gpus, world_size=processes), None, None)
+    trainer, _ = make_trainer(tmp_path, datasets(False))
+    trainer.train_dataset = datasets(False)
+    with pytest.raises(ValueError, match="give both"):
+        trainer.train()
+    with pytest.raises(ValueError, match="'window', 'epoch' or 'free'"):
         example.hard_batches(None, datasets(False), refresh="step")
 
 
@@ -242,6 +327,6 @@ def test_metric_learning_trains():
 
 def test_sentence_transformers_trains(tmp_path):
     import sentence_transformers_pairs as example
-    before, _ = example.main(epochs=1, rate=1e-9, limit=640, out=tmp_path)
-    mrr, first = example.main(epochs=5, limit=640, out=tmp_path)
+    before, _ = example.main("no_duplicates", epochs=1, rate=1e-9, limit=640, out=tmp_path)
+    mrr, first = example.main(refresh="free", limit=640, out=tmp_path)
     assert before + 0.02 < mrr < 1 and first < mrr

@@ -333,8 +333,8 @@ def test_inference_mode_and_a_default_type_and_numpy_settings_change_nothing(met
             assert rows + train(sampler, 30) == expected
         finally:
             torch.set_default_dtype(torch.float32)
-    refused(lambda: make(ceiling=np.float64(0.9), method="random"), "ceiling")
-    assert saved(make(ceiling=np.float64(0.9)))["ceiling"] == 0.9
+    refused(lambda: make(relative_margin=np.float64(0.5), method="random"), "relative_margin")
+    assert saved(make(relative_margin=np.float64(0.5)))["relative_margin"] == 0.5
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -361,8 +361,9 @@ def test_bad_arguments_are_refused():
         ({"exclude": ["cat"] * 20}, "<U3", "return_inverse"),
         ({"exclude": range(1040), "num_samples": 1040, "batch_size": 8, "k": 130}, "k 130", "most 128"),
         ({"exclude": pairs, "refine": False}, "refine False", "refine=True"),
-        *(({"ceiling": x}, f"ceiling is {x}", "0.999") for x in (0, 1.5)),
-        *(({"method": x, "exclude": pairs}, repr(x), "exclude and ceiling for") for x in ("osgd", "random")),
+        *(({"relative_margin": x}, f"relative_margin is {x}", "0.1") for x in (-0.1, 1)),
+        *(({"method": x} | words, repr(x), "exclude and relative_margin for")
+          for x in ("osgd", "random") for words in ({"exclude": pairs}, {"relative_margin": 0.1})),
         *(({"rank": r, "world_size": 2}, f"rank is {r}", "from 0 to 1") for r in (2, -1)),
         *(({"world_size": w}, f"world_size is {w}", "from 1 to 5") for w in (0, 6)),
     ]:

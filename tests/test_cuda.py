@@ -103,7 +103,8 @@ def test_the_gpu_chooses_as_the_cpu_does():
     assert torch.equal(samplers.osgd_batches(*cuda, 32, 10, 3).cpu(), samplers.osgd_batches(u, v, 32, 10, 3))
     random = samplers.batch_losses(u, v, batches).mean()
     groups = torch.arange(640) // 4
-    for options in {}, {"refine": True}, {"refine": True, "exclude": groups}, {"ceiling": 0.99}:
+    for options in {}, {"refine": True}, {"refine": True, "exclude": groups}, {
+            "refine": True, "relative_margin": 0.1}:
         here, there = (samplers.spectral_batches(*x, 32, 20, generator=generator.manual_seed(0), **options)
                        for x in ((u, v), cuda))
         assert there.is_cuda and torch.equal(there.cpu().flatten().sort().values, torch.arange(640))

@@ -203,7 +203,7 @@ def test_a_state_of_another_sampler_is_refused():
         ({"seed": 0}, "seed is 0", "seed 4"), ({"num_samples": N + 1}, "num_samples is 241", "samples 240"),
         ({"batch_size": 4}, "batch_size is 4", "8"), ({"method": "osgd"}, "method is 'osgd'", "'spectral'"),
         ({"method": shuffled}, "'shuffled'"), ({"k": 7}, "k is 7"), ({"temperature": 1}, "temperature is 1."),
-        ({"refine": False}, "refine is False"), ({"ceiling": 0.5}, "ceiling is 0.5"),
+        ({"refine": False}, "refine is False"), ({"relative_margin": 0.5}, "relative_margin is"),
         ({"loss": "infonce"}, "loss is 'infonce'"), ({"exclude": LABEL}, "exclude is ["),
         ({"embed": lookup}, "embed is 'given'"), ({"random_epochs": 1}, "random_epochs is 1"),
         ({"world_size": 2}, "world_size is 2", "world_size 1"),

@@ -87,7 +87,7 @@ class GPU(TorchFunctionMode):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("more", [{}, {"exclude": torch.arange(96) % 20}, {"ceiling": 0.99}])
+@pytest.mark.parametrize("more", [{}, {"exclude": torch.arange(96) % 20}, {"relative_margin": 0.1}])
 def test_refinement_mixes_no_devices(more):
     u, v = views(96)
     with GPU():
