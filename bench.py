@@ -110,6 +110,14 @@ def read_pairs(file: str, least: int) -> dict[str, tuple]:
                    "NAME_v and, if there are, NAME_labels") from None
 
 
+def read_samplers(file: str) -> Callable:
+    """spectral_batches of another samplers.py. Raises Stop."""
+    try:
+        return runpy.run_path(file)["spectral_batches"]
+    except Exception as error:  # whatever stands in it
+        raise Stop(f"--against {file}: {error!r}; give a samplers.py with spectral_batches") from None
+
+
 def embed_short_run(n: int, device: torch.device, steps: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """u, v [n, d] and class ids [n] of n generated images, after so many steps of train.py on them."""
     words = f"--sampler random --limit {n} --max-steps {steps}"
@@ -283,12 +291,10 @@ def main(argv: list[str]) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if what == "samplers":
-            other = runpy.run_path(knobs["against"]) if knobs["against"] else {"spectral_batches": None}
-            if "spectral_batches" not in other:
-                raise Stop(f"--against {knobs['against']}: no spectral_batches in it; give a samplers.py")
+            other = read_samplers(knobs["against"]) if knobs["against"] else None
             sets = (read_pairs(knobs["embeddings"], B * K) if knobs["embeddings"] else
                     {"deadleaves": embed_short_run(2 * K * B, device)})
-            record = bench_samplers(sets, other["spectral_batches"], device)
+            record = bench_samplers(sets, other, device)
             if knobs["pairs"]:
                 record["one_window"] = bench_window(knobs["pairs"], device)
         elif what == "step":

@@ -150,7 +150,12 @@ def build(results: Path, runs: Path) -> str:
 def main(argv: list[str]) -> None:
     knobs, _ = cli.parse(argv, __doc__, KNOBS, {})
     results, runs = cli.expand(knobs["results"]), cli.expand(knobs["runs"])
-    cli.write_atomically(results / "report.html", build(results, runs).encode())
+    try:
+        page = build(results, runs)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise cli.Stop(f"a .json below {results} or {runs} is damaged or of another version ({error!r}): "
+                       "bash run_all.sh --fresh makes all of them anew") from None
+    cli.write_atomically(results / "report.html", page.encode(errors="replace"))
     cli.say(str(results / "report.html"))
 
 

@@ -29,6 +29,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+[[ ${SEEDS:-} =~ ^[0-9\ ]*$ ]] || fail "SEEDS=$SEEDS: give whole numbers, such as SEEDS=\"0 1 2\""
 stages=${stages:- synthetic train retrieval bench report }
 data=data  # these three as the caller sees them
 [ -z "${DATA_DIR:-}" ] || data=$(cd "$DATA_DIR" 2>/dev/null && pwd) ||
@@ -46,9 +47,9 @@ setup() {
   [[ $PWD != *:* ]] || fail "Python makes no .venv in a path with a colon: rename a folder of $PWD"
   echo "== setup: packages into .venv, some minutes${anew:+; anew, as there is a GPU now}"
   [ ! -e .venv ] || [ -e .venv/by-run_all.sh ] || fail ".venv is not of this script; move it away"
-  mkdir -p .venv && touch .venv/by-run_all.sh
   rm -f .venv/complete .venv/bin/python .venv/bin/python3  # it may be of another Python
-  "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" && "$base" -m venv .venv || fail \
+  "$base" -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null &&
+    mkdir -p .venv && touch .venv/by-run_all.sh && "$base" -m venv .venv || fail \
     "$base is not Python 3.10 or newer with venv; install python3-venv, or name one: PYTHON=python3.12"
   [ -n "$gpu" ] ||  # the CPU builds are several GB smaller; not every index has them
     $python -m pip install -q torch==2.14.1+cpu torchvision==0.29.1+cpu 2>/dev/null

@@ -275,8 +275,8 @@ def load_images(knobs: dict, device: torch.device, processes: int) -> tuple[Tens
     try:
         images, labels = load("train", num_images=knobs["limit"])
         val_images, val_labels = load("val", num_images=VALIDATION_IMAGES)
-    except PermissionError as error:
-        raise Stop(f"{error.filename} cannot be read: allow it, or give another --data-dir") from None
+    except (PermissionError, FileNotFoundError) as error:
+        raise Stop(f"{error.filename} cannot be read ({error.strerror}): give another --data-dir") from None
     except (ValueError, OSError) as error:
         raise Stop(str(error)) from None
     except MemoryError:
@@ -325,6 +325,8 @@ def interrupted(step: int, number: int, rank: int, processes: int) -> BaseExcept
 def train(knobs: dict) -> None:
     folder = free_folder(knobs["out_dir"], knobs["resume"])
     rank, processes, device = start_process(knobs["device"])
+    if knobs["step"] == "graph" and (device.type != "cuda" or processes > 1):
+        raise Stop(f"--step graph takes one process on a CUDA GPU, not {processes} on {device}: leave it out")
     images, val_images, digest = load_images(knobs, device, processes)
     n, b = len(images), knobs["batch_size"]
     journal, caught, cuda = Journal(folder, knobs, device, n, rank, processes), [], device.type == "cuda"

@@ -118,7 +118,8 @@ def test_bad_embeddings_are_one_line(arrays, words, tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["samplers", "--embeddings", "nowhere.npz"], ["nowhere.npz", "No such file"]),
     (["samplers", "--against", "nowhere.py"], ["nowhere.py"]),
-    (["samplers", "--against", bench.cli.__file__], ["no spectral_batches"]),
+    (["samplers", "--against", bench.cli.__file__], ["spectral_batches", "give a samplers.py"]),
+    (["samplers", "--against", "README.md"], ["README.md", "SyntaxError"]),
     (["step", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
     (["step", "--image-size", "4"], ["--image-size 4", ">= 8"]), (["speed"], ["speed", "samplers"])])
 def test_bad_input_is_one_line(argv, words):

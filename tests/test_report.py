@@ -121,6 +121,13 @@ def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
     assert "recorded" in words
 
 
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]"])
+def test_damaged_results_are_one_line(content, full):
+    write(full[0] / "cifar100/retrieval.json", content)
+    with pytest.raises(cli.Stop, match="damaged or of another version .*--fresh"):
+        report.main(["--results", str(full[0]), "--runs", str(full[1])])
+
+
 @pytest.mark.parametrize("kind", ["full", "pipe"])
 def test_lost_output_costs_no_report(kind, full, monkeypatch):
     monkeypatch.setattr(sys, "stdout", lost(kind))

@@ -288,6 +288,7 @@ def test_no_venv_can_be_made(repo):
 
 @pytest.mark.parametrize("words, more, said", [
     ("trian", {}, "trian is no stage and no option"), ("train --fast", {}, "--fast is no stage"),
+    ("train", {"SEEDS": "0 x"}, "SEEDS=0 x: give whole numbers"),
     *((f"--jobs {n}", {}, f"--jobs {n}: give 1 or more") for n in ("", "0", "two", "-1")),
     ("", {"DATA_DIR": "nowhere"}, "nowhere is no folder; make it"), ("--own-size", {}, "add --full"),
     ("", {"DATASETS": "cifar100"}, "add --full"), ("", {"RUN_PYTHON": "/bin/false"}, "cannot import torch")])

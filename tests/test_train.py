@@ -365,6 +365,8 @@ def test_divergence_stops(flags, leaves, tmp_path):
     ("--sampler spectral --k 8 --q 2", "--q leave it out"),
     ("--warmup-epochs 30 --epochs 20", "--warmup-epochs 30: 20"),
     ("--device tpu9", "tpu9 cpu"),
+    ("--step graph --device cpu", "graph CUDA leave it out"),
+    ("--dataset folder --data-dir /nowhere", "/nowhere give another --data-dir"),
     ("--resume", "no checkpoint"),
     ("--k", "--k --help"),
 ])
