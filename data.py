@@ -76,7 +76,9 @@ def folder_source(path: Path, split: str):
     """Any tree of images. Topmost folders named as in SPLITS, in any case, are the splits; without both, a
     tenth of the files, by a hash of the relative path, is for validation. A file's class is its topmost
     folder below that. Folders that all files share do not count."""
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN, "MPO"}}
+    no_decoder = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone
+    kinds = {*Image.OPEN, "MPO"} - no_decoder
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds}
     files = sorted(walk(path))
     images = [file for file in files if os.path.splitext(file[0])[1].lower() in known]
 

@@ -38,7 +38,7 @@ data=data  # these three as the caller sees them
 [[ ${RUN_PYTHON:-} != [!/]*/* ]] || RUN_PYTHON=$PWD/$RUN_PYTHON
 cd "$(dirname "$0")" || exit
 base=${PYTHON:-python3} python=${RUN_PYTHON:-.venv/bin/python} anew=""
-gpu=$(nvidia-smi -L 2>/dev/null) || gpu=""
+gpu=$(nvidia-smi -L 2>/dev/null | grep "^GPU ")  # it may answer with other words
 if [ -n "$gpu" ] && [ ! -e .venv/gpu ] && compgen -G ".venv/lib/*/*/torch-*+cpu*" >/dev/null; then
   anew=--force-reinstall  # to pip the CPU's PyTorch would do
 fi

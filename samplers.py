@@ -496,6 +496,7 @@ class ContrastiveBatchSampler(BatchSampler):
         super().__init__(SequentialSampler(range(n)), B, drop_last=True)  # what trainers look at
         self.world_size = _integer("world_size", world_size, 1, n // B)
         self.rank = _integer("rank", rank, 0, self.world_size - 1)
+        method, loss = (str(x) if isinstance(x, str) else x for x in (method, loss))  # numpy's own, too
         self.num_samples, self.batch_size, self.method, self.by_loss = n, B, method, by_loss
         self.k, self.q, self.lowest, self.refine = k, q, bool(lowest), bool(refine)
         self.temperature, self.loss, self.seed = float(temperature), loss, _integer("seed", seed)

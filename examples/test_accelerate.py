@@ -3,10 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import nt_xent
 from samplers import ContrastiveBatchSampler, batch_losses, random_batches
@@ -63,6 +65,32 @@ def test_two_processes_choose_the_same_batches_and_train_on_each_sample_once(tmp
             assert len(a) == len(b) == N // B // 2 and sorted(sum(a + b, [])) == list(range(N))
         last = batch_losses(X, X, torch.tensor(trained[-1] + trained_there[-1])).mean()
         assert last > batch_losses(X, X, random_batches(N, B)).mean() + 0.5
+
+
+@pytest.mark.parametrize("stop", [10, 32, 45])  # an epoch has 32 batches
+def test_a_resumed_loop_goes_on_with_the_batches_that_would_have_come(stop):
+    from accelerate import Accelerator
+
+    def make():
+        sampler = ContrastiveBatchSampler(N, B, k=8)
+        return sampler, Accelerator(cpu=True).prepare(DataLoader(torch.arange(N), batch_sampler=sampler))
+
+    def train(sampler, loader, count):
+        trained = []
+        while len(trained) < count:
+            for rows in loader:
+                sampler.update(rows, X[rows], X[rows] + 0.1)
+                trained.append(rows.tolist())
+                if len(trained) == count:
+                    break
+        return trained
+    whole = train(*make(), 96)
+    first, loader = make()
+    assert train(first, loader, stop) == whole[:stop]
+    sampler, loader = make()
+    sampler.load_state_dict(first.state_dict(behind=1 if stop % 32 else 0))  # a batch is fetched ahead
+    loader.iteration = sampler.epoch  # accelerate calls set_epoch with it
+    assert train(sampler, loader, 96 - stop) == whole[stop:]
 
 
 if __name__ == "__main__":

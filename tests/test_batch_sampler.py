@@ -322,7 +322,8 @@ def test_inference_mode_and_a_default_type_and_numpy_settings_change_nothing(met
         try:
             with torch.inference_mode():
                 sampler = ContrastiveBatchSampler(
-                    np.int64(N), np.int32(B), method, seed=np.int64(3), temperature=np.float32(0.125),
+                    np.int64(N), np.int32(B), np.str_(method) if isinstance(method, str) else method,
+                    seed=np.int64(3), temperature=np.float32(0.125),
                     rank=np.int64(0), world_size=np.uint8(1), random_epochs=np.int8(0), embed_size=np.int8(9),
                     refine=np.bool_(True), lowest=np.bool_(False), **numbers)
                 sampler.set_epoch(np.int64(0))

@@ -264,7 +264,8 @@ def test_broken_images(tmp_path, capsys):
 
 def test_folder_layouts(tmp_path, capsys):
     photos = make_photos(tmp_path / "photos", 60)
-    for junk in ("notes.txt", ".hidden.png", ".git/x.png", "c0/._1.png", "c1/a.heic", "LICENSE"):
+    for junk in ("notes.txt", ".hidden.png", ".git/x.png", "c0/._1.png", "c1/a.heic", "LICENSE", "c2/x.h5",
+                 "film.mpg"):
         (photos / junk).parent.mkdir(exist_ok=True)
         (photos / junk).write_bytes(b"junk")
     os.symlink("gone", photos / "dangling.png")
@@ -274,7 +275,7 @@ def test_folder_layouts(tmp_path, capsys):
     assert sorted([*train, *val]) == sorted(f"c{i % 3}/{i}.png" for i in range(60))
     assert val == ["c0/27.png", "c1/13.png", "c1/52.png", "c2/2.png", "c2/59.png"]  # on every machine
     assert [f"c{label}" for label in labels + val_labels] == [name[:2] for name in train + val]
-    assert capsys.readouterr().err == f"{photos}: 3 files left out, not read by Pillow or in no split\n"
+    assert capsys.readouterr().err == f"{photos}: 5 files left out, not read by Pillow or in no split\n"
 
 
 @pytest.mark.parametrize("train, val", [
