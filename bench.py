@@ -1,6 +1,6 @@
 """What samplers are worth and what things cost; each prints a table, in about a minute.
 
-    python bench.py samplers [--embeddings FILE.npz]   hardness, time and memory, also of rivals
+    python bench.py samplers [--run RUN | --embeddings FILE.npz]   hardness, time and memory, also of rivals
     python bench.py step [--image-size 224]            train.py's step, hours of the paper's runs
     python bench.py augment                            against torchvision's transforms, image by image
 
@@ -27,18 +27,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import cli
+import compare
+import retrieval
 import rivals
 import samplers
 import train
 from augment import MEAN, NUM_UNIFORM, STD, augment, views_of
 from cli import Stop
 from data import STATISTICS
-from deadleaves import deadleaves
-from model import ContrastiveModel, embed
+from model import embed
 
 B, K, TEMPERATURE = 32, 40, 0.1  # samplers: a window is K batches of B pairs
 KNOBS = {
     "embeddings": (None, str, "samplers: a .npz of embeddings (default: those of a short run)"),
+    "run": (None, str, "samplers: a run folder of train.py, of whose training images embeddings are made"),
+    "data_dir": (None, str, "samplers: folder of that run's data (default: the run's own)"),
     "against": (None, str, "samplers: another samplers.py, to compare with"),
     "pairs": (None, f"int >= {B * K}", "samplers: also so many made-up pairs as one window"),
     "image_size": (None, "int >= 8", "step: side of the views (default: 32 and 64, on CUDA also 224)"),
@@ -118,18 +121,24 @@ def read_samplers(file: str) -> Callable:
         raise Stop(f"--against {file}: {error!r}; give a samplers.py with spectral_batches") from None
 
 
+def embed_run(folder: str, data_dir: str | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v [n, d] and class ids [n] of a run's training images, of at most four windows. Raises Stop."""
+    run, g = compare.read_runs([folder])[0], torch.Generator().manual_seed(0)
+    knobs, path = run.knobs, cli.expand(data_dir or run.knobs["data_dir"])
+    model = retrieval.load_checkpoint(run.folder / "checkpoint.pt", knobs).to(device)
+    images, labels, rows = retrieval.load(run, "train", path, knobs["limit"])
+    rows = rows[torch.randperm(len(rows), generator=g)][:4 * K * B]
+    look = (knobs[x] for x in ("image_size", "crop_scale", "jitter"))
+    views = views_of(images, g, *look, *STATISTICS[knobs["dataset"]], device)
+    return *embed(model, views, rows, on_chunk=cli.progress("embedding", len(rows), "images")), labels[rows]
+
+
 def embed_short_run(n: int, device: torch.device, steps: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v [n, d] and class ids [n] of n generated images, after so many steps of train.py on them."""
+    """The same of n generated images, after so many steps of train.py on them."""
     words = f"--sampler random --limit {n} --max-steps {steps}"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train.main([*words.split(), "--data-dir", folder, "--out-dir", f"{folder}/run"])
-        saved = torch.load(f"{folder}/run/checkpoint.pt", map_location=device, weights_only=True)
-    model, (images, labels) = ContrastiveModel().to(device), deadleaves("train", n, 0)
-    model.load_state_dict(saved["model"])
-    look = (train.QUICK[x] for x in ("image_size", "crop_scale", "jitter"))
-    g = torch.Generator().manual_seed(0)
-    rows = torch.randperm(n, generator=g)
-    return *embed(model, views_of(images, g, *look, *STATISTICS["deadleaves"], device), rows), labels[rows]
+        return embed_run(f"{folder}/run", None, device)
 
 
 def choosers(u: Tensor, v: Tensor, labels: Tensor | None, g: torch.Generator, against=None) -> dict:
@@ -293,7 +302,10 @@ def main(argv: list[str]) -> None:
         if what == "samplers":
             other = read_samplers(knobs["against"]) if knobs["against"] else None
             sets = (read_pairs(knobs["embeddings"], B * K) if knobs["embeddings"] else
-                    {"deadleaves": embed_short_run(2 * K * B, device)})
+                    {Path(knobs["run"]).name: embed_run(knobs["run"], knobs["data_dir"], device)}
+                    if knobs["run"] else {"deadleaves": embed_short_run(2 * K * B, device)})
+            if (n := min(len(u) for u, _, _ in sets.values())) < B * K:
+                raise Stop(f"--run {knobs['run']}: {n:,} training images; give a run of {B * K:,} or more")
             record = bench_samplers(sets, other, device)
             if knobs["pairs"]:
                 record["one_window"] = bench_window(knobs["pairs"], device)

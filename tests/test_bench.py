@@ -44,8 +44,11 @@ def test_short_run_gives_views_of_its_images_by_its_network(monkeypatch):
     def trained(argv: list[str]) -> None:
         knobs = train.settle(argv)
         assert (knobs["sampler"], knobs["limit"], knobs["max_steps"]) == ("random", 48, 128)
-        Path(knobs["out_dir"]).mkdir()
-        torch.save({"model": model.state_dict()}, Path(knobs["out_dir"]) / "checkpoint.pt")
+        out = Path(knobs["out_dir"])
+        out.mkdir()
+        torch.save({"model": model.state_dict(), "settings": {}}, out / "checkpoint.pt")
+        for name, content in ("config.json", {"knobs": knobs}), ("result.json", {}), ("log.jsonl", {}):
+            (out / name).write_text(json.dumps(content))
     monkeypatch.setattr(train, "main", trained)
     u, v, labels = bench.embed_short_run(48, torch.device("cpu"))
     _, expected = deadleaves("train", 48, 0)
@@ -118,6 +121,7 @@ def test_bad_embeddings_are_one_line(arrays, words, tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["samplers", "--embeddings", "nowhere.npz"], ["nowhere.npz", "No such file"]),
     (["samplers", "--against", "nowhere.py"], ["nowhere.py"]),
+    (["samplers", "--run", "nowhere"], ["nowhere", "give folders that hold a result.json"]),
     (["samplers", "--against", bench.cli.__file__], ["spectral_batches", "give a samplers.py"]),
     (["samplers", "--against", "README.md"], ["README.md", "SyntaxError"]),
     (["step", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
