@@ -77,8 +77,8 @@ def folder_source(path: Path, split: str):
     tenth of the files, by a hash of the relative path, is for validation. A file's class is its topmost
     folder below that. Folders that all files share do not count."""
     no_decoder = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone
-    kinds = {*Image.OPEN, "MPO"} - no_decoder
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds}
+    suffixes = Image.registered_extensions()  # which fills Image.OPEN
+    known = {x for x, kind in suffixes.items() if kind in {*Image.OPEN, "MPO"} - no_decoder}
     files = sorted(walk(path))
     images = [file for file in files if os.path.splitext(file[0])[1].lower() in known]
 
