@@ -253,12 +253,15 @@ class Step:
 
 
 # ------------------------------------------------------------------------------------------------ the set-up
-def start_process(name: str) -> tuple[int, int, torch.device]:
+def start_process(knobs: dict) -> tuple[int, int, torch.device]:
     """Rank and number of the processes that torchrun started, or 0 and 1, and the device."""
+    name = knobs["device"]
     rank, processes = (int(os.environ.get(x, default)) for x, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if processes > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(name)
+    if knobs["step"] == "graph" and (device.type != "cuda" or processes > 1):
+        raise Stop(f"--step graph takes one process on a CUDA GPU, not {processes} on {device}: leave it out")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
@@ -324,9 +327,7 @@ def interrupted(step: int, number: int, rank: int, processes: int) -> BaseExcept
 # ------------------------------------------------------------------------------------------------ the run
 def train(knobs: dict) -> None:
     folder = free_folder(knobs["out_dir"], knobs["resume"])
-    rank, processes, device = start_process(knobs["device"])
-    if knobs["step"] == "graph" and (device.type != "cuda" or processes > 1):
-        raise Stop(f"--step graph takes one process on a CUDA GPU, not {processes} on {device}: leave it out")
+    rank, processes, device = start_process(knobs)
     images, val_images, digest = load_images(knobs, device, processes)
     n, b = len(images), knobs["batch_size"]
     journal, caught, cuda = Journal(folder, knobs, device, n, rank, processes), [], device.type == "cuda"
