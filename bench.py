@@ -223,6 +223,7 @@ def measure_step(size: int, batch_size: int, mode: str, a: Tensor) -> dict:
         cli.say("compiling, up to a minute", sys.stderr)
         torch.compiler.reset()  # else another size is a recompilation, of which there may be few
     words = f"--sampler random --image-size {size} --batch-size {batch_size} --step {mode}"
+    words += f" --device {a.device}"
     side = min(size, 64)  # before augmentation, as in the paper's data sets
     images = torch.randint(256, (1024, 3, side, side), dtype=torch.uint8, device=a.device)
     trained = train.Step(train.settle(words.split()), images, a.device)

@@ -90,6 +90,8 @@ KNOBS = {
     "momentum": (0.9, "float >= 0 < 1", "LARS's momentum"),
     "weight_decay": (1e-6, "float >= 0 <= 1", "LARS's weight decay"),
     "trust_coefficient": (0.001, "float > 0 <= 1", "a layer's step at rate 1, as a share of its weights"),
+    "precision": (None, ("bfloat16", "float32"), "of the network's products (default: bfloat16 on CUDA, "
+                  "float32 elsewhere: only some processors are faster in bfloat16)"),
     # the run
     "seed": (0, "int >= 0 < 4294967296", "fixes weights, batches and augmentation on one machine"),
     "device": ("auto", str, "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"),
@@ -139,6 +141,8 @@ def settle(argv: list[str]) -> dict:
     together = knobs["batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # of a step: a batch a process
     scale = math.sqrt(together) if knobs["lr_scaling"] == "sqrt" else together / 256
     knobs["lr"] = knobs["lr"] or 0.075 * scale
+    on_cuda = knobs["device"] != "cpu" and torch.cuda.is_available()
+    knobs["precision"] = knobs["precision"] or ("bfloat16" if on_cuda else "float32")
     if knobs["dataset"] == "folder":  # 256 for 224, as is usual
         knobs["source_size"] = knobs["source_size"] or -(-knobs["image_size"] * 8 // 7)
     knobs["out_dir"] = knobs["out_dir"] or "runs/{dataset}-{sampler}-{objective}-seed{seed}".format(**knobs)
@@ -157,6 +161,7 @@ class Step:
     def __init__(self, knobs: dict, images: Tensor, device: torch.device, see=None):
         torch.manual_seed(knobs["seed"])
         self.images, self.device, self.see, self.graph, self.done = images, device, see, None, 0
+        self.bfloat16 = knobs["precision"] == "bfloat16"
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         self.model = ContrastiveModel(knobs["small_stem"], views=2)
         self.network = self.model.to(device, memory_format=torch.channels_last)
@@ -187,7 +192,7 @@ class Step:
             knobs[x] for x in ("momentum", "weight_decay", "trust_coefficient")))
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def __call__(self, rows: Tensor, uniform: Tensor, lr: float) -> None:
         """One step on the images `rows` [B] int64; uniform [2B, NUM_UNIFORM]: all that is random in it."""

@@ -33,9 +33,19 @@ class Record(TorchDispatchMode):
 
 
 def make_step(objective: str, device: torch.device, sampler: ContrastiveBatchSampler) -> train.Step:
-    words = "--sampler", "refined", "--batch-size", "4", "--image-size", "8", "--objective", objective
+    words = ["--sampler", "refined", "--batch-size", "4", "--image-size", "8", "--objective", objective,
+             "--precision", "bfloat16" if device.type == "cuda" else "float32"]
     return train.Step(train.settle(words), torch.zeros(16, 3, 8, 8, dtype=torch.uint8, device=device), device,
                       sampler.update)
+
+
+def test_precision_is_that_of_the_network_alone():
+    images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
+    for name in "bfloat16", "float32":
+        words = "--sampler", "random", "--batch-size", "4", "--image-size", "8", "--precision", name
+        loss, z1, _ = train.Step(train.settle(words), images, CPU).forward()
+        assert z1.dtype == getattr(torch, name) and loss.dtype == torch.float32
+    assert train.settle(["--device", "cpu"])["precision"] == "float32"
 
 
 def test_each_view_is_a_pass_of_its_own():
