@@ -290,6 +290,46 @@ def cost_text(rows: list[dict]) -> str:
     return aligned(lines)
 
 
+def schedules(found: dict[str, dict]) -> dict[str, list[dict]]:
+    """The ends of curves() by the settings but for a schedule's length, where one has several: by rising
+    seconds, its last R1 [S]; and "ratio", its seconds to those at which the first setting's schedules, between
+    two of them by a straight line, end at the same mean (None: none does)."""
+    lines = {}
+    for group, x in found.items():
+        name = ", ".join(word for word in group.split(", ") if not word.startswith(("epochs ", "steps ")))
+        lines.setdefault(name, []).append({"group": group, "seconds": x["seconds"][-1],
+                                           "R1": [r[-1] for r in x["R1"]]})
+    lines = {name: sorted(ends, key=lambda x: x["seconds"]) for name, ends in lines.items() if len(ends) > 1}
+    first = next(iter(lines.values()), [])
+    for end in itertools.chain(*lines.values()):
+        mean, means = np.mean(end["R1"]), np.array([np.mean(x["R1"]) for x in first])
+        same = first_at(mean, means, [x["seconds"] for x in first]) if mean >= means[0] else None
+        end["ratio"] = same and end["seconds"] / same
+    return lines
+
+
+def schedules_text(lines: dict[str, list[dict]]) -> str:
+    """The rows of schedules() to read."""
+    rows = [["", "seeds", "R@1 (%)", "seconds", "ratio"]]
+    for end in itertools.chain(*lines.values()):
+        rows.append([end["group"], str(len(end["R1"])), f"{100 * np.mean(end['R1']):.1f}",
+                     f"{end['seconds']:,.0f}", f"{end['ratio']:.2f}" if end["ratio"] else ""])
+    return aligned(rows)
+
+
+def draw_schedules(lines: dict[str, list[dict]]):
+    """Last R@1 against the seconds of a whole schedule; bars from the lowest seed to the highest."""
+    figure, axes = cli.canvas(1, 1, 4.6, 3.2)
+    for name, ends in lines.items():
+        y = [100 * np.array(x["R1"]) for x in ends]
+        around = np.transpose([(x.mean() - x.min(), x.max() - x.mean()) for x in y])
+        axes[0, 0].errorbar([x["seconds"] for x in ends], [x.mean() for x in y], around, marker="o", capsize=2,
+                            label=name, color=cli.COLOURS.get(name.split(", ")[0], "black"))
+    axes[0, 0].set(xlabel="seconds of a whole schedule", ylabel="R@1 at its end (%)")
+    axes[0, 0].legend()
+    return figure
+
+
 def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     """R@1 against images seen and seconds; a line is the mean over seeds, a band from the lowest to the
     highest.  samplers: of each group."""
@@ -337,6 +377,12 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
                 f"baseline's seconds less its own\n\n{cost_text(rows)}")
         samplers = [runs[members[0]].knobs["sampler"] for members in groups.values()]
         cli.save_figure(draw_curves(found, samplers, rows[0]["target"]), curve)
+        if lines := schedules(found):
+            record["schedules"] = lines
+            cli.say("\nwhole schedules, drawn in schedules.png; ratio: seconds to those of the first setting for the "
+                    "same R@1\n\n"
+                    + schedules_text(lines))
+            cli.save_figure(draw_schedules(lines), curve.with_name("schedules"))
     return record
 
 

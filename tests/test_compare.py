@@ -190,6 +190,27 @@ def test_cost_to_a_target():
     assert higher["random"]["images"] is None and higher["osgd"]["images_ratio"] == pytest.approx(0.6 / 0.81)
 
 
+def test_whole_schedules():
+    """Ends of 6, 12 and 24 epochs: random's at 60, 120, 240 s; osgd's as good in 0.4 of these seconds."""
+    def run(sampler, epochs, seed, second):
+        log = [{"step": e, "seconds_training": second * e, "seconds_selecting": 0.0,
+                "R1": math.log2(epochs) / 10 * e / epochs + seed / 100} for e in range(1, epochs + 1)]
+        return made_up_run(sampler, seed, log, epochs=epochs)
+    runs = [run(sampler, epochs, seed, second) for sampler, lengths, second in (
+        ("random", (6, 12, 24), 10), ("osgd", (6, 12, 48), 4), ("refined", (12,), 1)) for epochs in lengths
+        for seed in (0, 1)]
+    lines = compare.schedules(along(runs))
+    assert list(lines) == ["random", "osgd"]  # one schedule alone is no line
+    assert [x["seconds"] for x in lines["random"]] == [60, 120, 240]
+    assert [x["ratio"] for x in lines["random"]] == [1, 1, 1]
+    assert lines["osgd"][1]["R1"] == pytest.approx([math.log2(12) / 10, math.log2(12) / 10 + 0.01])
+    assert [x["ratio"] for x in lines["osgd"]] == [0.4, 0.4, None]  # the last is better than any of random's
+    rows = {line.split("  ")[0]: line.split() for line in compare.schedules_text(lines).splitlines()}
+    assert rows["osgd, epochs 12"][-4:] == ["2", "36.3", "48", "0.40"]
+    assert rows["osgd, epochs 48"][-1] == "192"
+    assert compare.schedules(along(runs[:2] + runs[6:8])) == {}
+
+
 # -------------------------------------------------------------------------------- the file
 def test_files_that_are_refused(tmp_path, capsys, monkeypatch):
     def refused(*runs, change=lambda x: x):
