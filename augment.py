@@ -194,7 +194,7 @@ def augment(images: Tensor, size: int, source: torch.Generator | Tensor,
         source = torch.rand(shape, generator=source, dtype=torch.float32, device=source.device)
     # On the CPU in pieces that its caches hold; a device takes the whole batch at once.
     piece = max(1, PIECE // size**2) if images.device.type == "cpu" else max(1, len(images))
-    uniform = source.to(images.device, non_blocking=True)
+    uniform = source.to(images.device, non_blocking=images.is_cuda)  # to the CPU nothing would wait for it
     views = [apply_augmentation(x, augmentation_parameters(part, *x.shape[2:], size, crop_scale, jitter),
                                 size, mean, std)
              for x, part in zip(images.split(piece), uniform.split(piece))]
@@ -205,7 +205,7 @@ def views_of(images: Tensor, generator: torch.Generator, size: int, crop_scale: 
              mean: tuple, std: tuple, device: torch.device) -> Callable[[Tensor], Tensor]:
     """views(index) -> one random view of each of images[index], [len(index), 3, size, size] on the device."""
     def views(index: Tensor) -> Tensor:
-        batch = images[index.to(images.device, non_blocking=True)]
+        batch = images[index.to(images.device, non_blocking=images.is_cuda)]
         if batch.device != device:  # a set too large for the device: only a pinned copy does not wait for it
             batch = batch.pin_memory().to(device, non_blocking=True)
         batch = augment(batch, size, generator, (crop_scale, 1.0), jitter, mean, std)

@@ -258,6 +258,8 @@ def paper_hours(ms: dict[int, float]) -> dict[str, float]:
 def bench_step(device: torch.device, size: int | None) -> dict:
     """Each way of making train.py's step, and hours of the paper's runs."""
     cuda, hours, table = device.type == "cuda", {}, []
+    if cuda:
+        train.use_repeatable_kernels()
     side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a = torch.randn(side, side, device=device, dtype=dtype)
     cli.say(f"train.py's step on two views of each of B images; product: {side} x {side}, {dtype}")

@@ -292,8 +292,8 @@ def cost_text(rows: list[dict]) -> str:
 
 def schedules(found: dict[str, dict]) -> dict[str, list[dict]]:
     """The ends of curves() by the settings but for a schedule's length, where one has several: by rising
-    seconds, its last R1 [S]; and "ratio", its seconds to those at which the first setting's schedules, between
-    two of them by a straight line, end at the same mean (None: none does)."""
+    seconds, the last R1 [S]; and "ratio", these seconds to those at which the first setting's schedules,
+    between two of them by a straight line, end at the same mean (None: none does)."""
     lines = {}
     for group, x in found.items():
         name = ", ".join(word for word in group.split(", ") if not word.startswith(("epochs ", "steps ")))
@@ -323,8 +323,8 @@ def draw_schedules(lines: dict[str, list[dict]]):
     for name, ends in lines.items():
         y = [100 * np.array(x["R1"]) for x in ends]
         around = np.transpose([(x.mean() - x.min(), x.max() - x.mean()) for x in y])
-        axes[0, 0].errorbar([x["seconds"] for x in ends], [x.mean() for x in y], around, marker="o", capsize=2,
-                            label=name, color=cli.COLOURS.get(name.split(", ")[0], "black"))
+        axes[0, 0].errorbar([x["seconds"] for x in ends], [x.mean() for x in y], around, marker="o",
+                            capsize=2, label=name, color=cli.COLOURS.get(name.split(", ")[0], "black"))
     axes[0, 0].set(xlabel="seconds of a whole schedule", ylabel="R@1 at its end (%)")
     axes[0, 0].legend()
     return figure
@@ -379,9 +379,8 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
         cli.save_figure(draw_curves(found, samplers, rows[0]["target"]), curve)
         if lines := schedules(found):
             record["schedules"] = lines
-            cli.say("\nwhole schedules, drawn in schedules.png; ratio: seconds to those of the first setting for the "
-                    "same R@1\n\n"
-                    + schedules_text(lines))
+            cli.say("\nwhole schedules, drawn in schedules.png; ratio: seconds to those of the first setting "
+                    "for the same R@1\n\n" + schedules_text(lines))
             cli.save_figure(draw_schedules(lines), curve.with_name("schedules"))
     return record
 

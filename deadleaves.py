@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import cli
+
 LEAVES = 48  # per image, front to back; what they leave open is the background
 LARGEST = 0.45  # radius of a leaf, of the image's side
 LADDER = np.array([0.3, 0.45, 0.6, 0.74, 0.88])  # lightness of a palette's colours
@@ -103,6 +105,8 @@ def deadleaves(split: str, num_images: int, seed: int, size: int = 32,
 
     stride = C * max(1, CHUNK // size**2)
     chunks = [slice(at, at + stride, C) for label in range(min(C, N)) for at in range(label, N, stride)]
+    tick = cli.progress("drawing images", len(chunks), "parts")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(render, chunks))
+        for done, _ in enumerate(pool.map(render, chunks), 1):
+            tick(done)
     return torch.from_numpy(images), torch.from_numpy(labels)

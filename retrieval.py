@@ -170,8 +170,12 @@ def compute(run: compare.Run, wanted: dict[str, dict], folder: Path, val: tuple,
             recalibrated, generator = s["recalibrate_batches"], torch.Generator().manual_seed(seed)
             view, tick = views(train_images, generator), cli.progress(name, recalibrated, "batches")
             orders = (torch.randperm(len(train_rows), generator=generator) for _ in range(recalibrated))
-            recalibrate(model, (tick(i) or view(train_rows[order[:knobs["batch_size"]]].repeat(2))
-                                for i, order in enumerate(orders)))
+
+            def batches():
+                for i, order in enumerate(orders):
+                    tick(i)
+                    yield view(train_rows[order[:knobs["batch_size"]]].repeat(2))
+            recalibrate(model, batches())
         if s["task"] == "two views":
             found, first, tick = [], [], cli.progress(name, s["repeats"] * len(rows), "images")
             for repeat in range(s["repeats"]):
@@ -230,7 +234,9 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run
                     "published": data.digest(published * ("corruptions" in title))}
             keys[title] = " ".join(f"{name}={x}" for name, x in seen.items())
         missing = {title: s for title, s in settings.items() if keys[title] not in kept}
-        made_by = cli.provenance(device) if missing else cli.say(f"{run.folder}: read from results.json")
+        if not missing:
+            cli.say(f"{run.folder}: read from results.json")
+        made_by = cli.provenance(device)
         for title, values in compute(run, missing, folder, val, device) if missing else ():
             first, n = next(iter(values)), len(next(iter(values.values()))[0])
             means = {name: float(x.mean(0).mean()) for name, x in values.items()}

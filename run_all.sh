@@ -118,7 +118,7 @@ made() {  # made NAME RESULT: it is there, no quick one where a full one is aske
 }
 
 step() {  # step NAME RESULT WORD ...: python WORD ... once a slot is free, unless RESULT is there (-: none)
-  local name=$1 result=$2 old=${2%/*} slot=0
+  local name=$1 result=$2 old=${2%/*} slot=0 words
   shift 2
   if [ -z "$begun" ]; then  # the first time round
     coming+="$name "
@@ -130,7 +130,7 @@ step() {  # step NAME RESULT WORD ...: python WORD ... once a slot is free, unle
   fi
   coming=${coming#* }
   if made "$name" "$result"; then echo "== skip $name: $result is there"; return; fi
-  if [ -n "$dry" ]; then echo "$python $*"; return; fi
+  if [ -n "$dry" ]; then printf -v words " %q" "$python" "$@"; echo "${words# }"; return; fi
   while kill -0 "${pids[slot]:-}" 2>/dev/null; do slot=$(((slot + 1) % slots)); sleep 0.1; done
   if [ -n "${pids[slot]:-}" ]; then finish $slot; fi
   echo "== minute $((SECONDS / 60)): $name; to come: ${coming:-nothing}"

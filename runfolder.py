@@ -105,12 +105,12 @@ def signals_caught(caught: list[int]):
             signal.signal(number, handler)
 
 
-def agreed(wish: bool, device: torch.device) -> bool:
+def agreed(wish: list | bool, device: torch.device) -> bool:
     """Whether any of the processes wishes it, which all ask at the same place."""
     if dist.is_initialized():
-        dist.all_reduce(wishes := torch.tensor(int(wish), device=device))
+        dist.all_reduce(wishes := torch.tensor(int(bool(wish)), device=device))
         return bool(wishes)
-    return wish
+    return bool(wish)
 
 
 class Journal:
@@ -193,13 +193,16 @@ class Journal:
         return early or self.epoch_ends or self.state["step"] - self.reported == self.knobs["log_every"]
 
     def estimate(self, seconds: float) -> None:
-        """Says once what is left of the run, and where that is more than a day what to change."""
+        """Says once what is left of the run: before the first step, and where that is more than a day, then
+        with what to change."""
         if seconds > 86400 and not self.estimated:  # at 32 px a pixel costs more than at 224
             small = seconds * min(1, (32 / self.knobs["image_size"]) ** 1.8) * min(1, 8192 / self.images)
             most = 8192 // self.knobs["batch_size"]
-            fewer = f" --k {most}" * ((self.knobs["k"] or 0) > most)
+            fewer = "".join(f" --{x} {most}" for x in ("k", "q") if (self.knobs[x] or 0) > most)
             self.say(f"the whole run takes {seconds / 86400:.0f} days here; --image-size 32 --limit 8192"
                      f"{fewer}: about {max(1, small / 3600):.0f} hours")
+        elif self.state["step"] == 0 and not self.estimated:
+            self.say(f"the whole run takes about {clock(seconds)} here")
         self.estimated = True
 
     def pairs(self, views: Tensor) -> None:

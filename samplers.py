@@ -128,7 +128,7 @@ def batch_losses(u: Tensor, v: Tensor, batches: Tensor, temperature: float = 0.1
     _check(u, v, temperature)
     on_cpu = u.device.type == "cpu"
     _check_rows("batches", batches, len(u), 2, read=on_cpu)
-    batches, B, d = batches.to(u.device, non_blocking=True), batches.shape[1], u.shape[1]
+    batches, B, d = batches.to(u.device, non_blocking=u.is_cuda), batches.shape[1], u.shape[1]
     losses = []
     with torch.autocast(u.device.type, enabled=False):  # a bfloat16 logit of 10 is wrong by 0.03
         u, v = _unit(u, v)
@@ -194,7 +194,7 @@ def select_by_loss(u: Tensor, v: Tensor, batches: Tensor, q: int, temperature: f
     """
     _check(u, v, temperature, read=False)
     k, batch_size = batches.shape[-2:]
-    q, batches = _integer("q", q, 1, k, f" with k = {k}"), batches.to(u.device, non_blocking=True)
+    q, batches = _integer("q", q, 1, k, f" with k = {k}"), batches.to(u.device, non_blocking=u.is_cuda)
     losses = batch_losses(u.detach(), v.detach(), batches.reshape(-1, batch_size), temperature, loss)
     order = losses.view(batches.shape[:-1]).argsort(dim=-1, stable=True)
     chosen = order[..., :q] if lowest else order[..., k - q:]
@@ -505,7 +505,7 @@ class ContrastiveBatchSampler(BatchSampler):
         self.random_epochs = _integer("random_epochs", random_epochs)
         self.embed, self.embed_size = embed, _integer("embed_size", embed_size, 1)
         self.at_once = bool(at_once)
-        self.ahead = bool(ahead) and embed is None and world_size == 1 and not by_loss
+        self.ahead = bool(ahead) and (embed is None or at_once) and world_size == 1 and not by_loss
         self.uv = self.last = self.solved = None
         self.given = deque(maxlen=1024)  # the iteration's last steps: epoch, step, batches
         with torch.inference_mode(False):  # what is made inside it could not be written to in training
@@ -662,7 +662,7 @@ class ContrastiveBatchSampler(BatchSampler):
             # Rows of float64 may be out of float32's range.
             u, v = (x.float() for x in (_unit(u, v) if torch.float64 in (u.dtype, v.dtype) else (u, v)))
             uv = of_all_processes(torch.stack([u, v], 1))
-            indices = of_all_processes(indices.to(u.device, non_blocking=True))
+            indices = of_all_processes(indices.to(u.device, non_blocking=u.is_cuda))
             if self.uv is None:
                 self.uv = torch.zeros(n, 2, d, dtype=torch.float32, device=u.device)
             self.uv, self.seen = self.uv.to(u.device), self.seen.to(u.device)

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -83,10 +84,11 @@ KNOBS = {
     "beta": (1.0, "float >= 0", "hcl: exponent of the negatives' weights"),
     # network and optimiser
     "small_stem": (False, bool, "3x3 stem without max-pool: better and slower on small images"),
-    "epochs": (None, "int >= 1", "an epoch is floor(N/B) steps whatever the sampler"),
+    "epochs": (None, "int >= 1", "an epoch is floor(N / B) steps, whatever the sampler; B of all processes"),
     "warmup_epochs": (None, "int >= 0", "epochs of linear warm-up before half a cosine down to 0"),
     "lr": (None, "float > 0 <= 1e30", "peak learning rate (default: by --lr-scaling)"),
-    "lr_scaling": ("sqrt", ("sqrt", "linear"), "peak learning rate 0.075*sqrt(B) or 0.075*B/256"),
+    "lr_scaling": ("sqrt", ("sqrt", "linear"), "peak learning rate 0.075*sqrt(B) or 0.075*B/256, "
+                   "with B of all processes"),
     "momentum": (0.9, "float >= 0 < 1", "LARS's momentum"),
     "weight_decay": (1e-6, "float >= 0 <= 1", "LARS's weight decay"),
     "trust_coefficient": (0.001, "float > 0 <= 1", "a layer's step at rate 1, as a share of its weights"),
@@ -121,14 +123,15 @@ def settle(argv: list[str]) -> dict:
     """All knobs, with values from the command line's words; raises Stop where they do not go together."""
     knobs, given = parse(argv, __doc__, KNOBS, DATASET_DEFAULTS)
     sampler, quick = knobs["sampler"], knobs["dataset"] == "deadleaves"
-    by_loss = sampler.startswith("osgd")
+    method = SAMPLERS[sampler]["method"]
+    by_loss = method in ("osgd", "osgd-replacement")
     needless = given & (set() if by_loss else {"q", "lowest"})
-    if sampler == "random":
+    if method == "random":
         needless |= given & {"k", "select_after", "embeddings"}
     if needless:
         raise Stop(f"--{min(needless).replace('_', '-')} means nothing to --sampler {sampler}: leave it out")
     knobs["embeddings"] = knobs["embeddings"] or ("free" if sampler == "refined" else "fresh")
-    if sampler != "random":
+    if method != "random":
         knobs["k"] = knobs["k"] or (32 if quick else 1500 if by_loss else 40)
     if by_loss:
         knobs["q"] = knobs["q"] or min(knobs["k"], 8 if quick else 150)
@@ -210,7 +213,10 @@ class Step:
             with torch.cuda.graph(self.graph):
                 self.run()
         self.done += 1
-        self.graph.replay() if self.graph else self.run()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.run()
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss and both views' projections [B, D]."""
@@ -258,6 +264,12 @@ class Step:
 
 
 # ------------------------------------------------------------------------------------------------ the set-up
+def use_repeatable_kernels() -> None:
+    """CUDA's: the same seed, the same weights; and fast ones where float32 is left."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.deterministic = True
+
+
 def start_process(knobs: dict) -> tuple[int, int, torch.device]:
     """Rank and number of the processes that torchrun started, or 0 and 1, and the device."""
     name = knobs["device"]
@@ -269,10 +281,9 @@ def start_process(knobs: dict) -> tuple[int, int, torch.device]:
         raise Stop(f"--step graph takes one process on a CUDA GPU, not {processes} on {device}: leave it out")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.deterministic = True  # the same seed, the same weights
-    if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        use_repeatable_kernels()
+    if processes > 1 and not dist.is_initialized():  # one may wait while another decodes the images
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, processes, device
 
 
@@ -280,9 +291,14 @@ def load_images(knobs: dict, device: torch.device, processes: int) -> tuple[Tens
     """Training and validation images, uint8 [N, 3, H, W], on the device if they fit; the former's digest."""
     load = functools.partial(data.load, knobs["dataset"], data_dir=knobs["data_dir"],
                              source_size=knobs["source_size"], skip_broken=knobs["skip_broken"])
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
+        if dist.is_initialized() and not first:  # of a machine one downloads and decodes
+            dist.barrier()
         images, labels = load("train", num_images=knobs["limit"])
         val_images, val_labels = load("val", num_images=VALIDATION_IMAGES)
+        if dist.is_initialized() and first:
+            dist.barrier()
     except (PermissionError, FileNotFoundError) as error:
         raise Stop(f"{error.filename} cannot be read ({error.strerror}): give another --data-dir") from None
     except (ValueError, OSError) as error:
@@ -299,7 +315,8 @@ def load_images(knobs: dict, device: torch.device, processes: int) -> tuple[Tens
         raise Stop(f"--batch-size {b}" + f" in each of {processes} processes" * (processes > 1)
                    + f" is more than the {n:,} training images: give "
                    + (f"--batch-size at most {n // processes}" if n > processes else "more images"))
-    if k and k * b > n and knobs["sampler"] != "osgd-replacement":  # which draws each batch from all images
+    from_all = SAMPLERS[knobs["sampler"]]["method"] == "osgd-replacement"  # each batch is
+    if k and k * b > n and not from_all:
         raise Stop(f"--k {k} batches of {b} need {k * b:,} images of {n:,}: give --k at most {n // b}")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
         images, val_images = images.to(device), val_images.to(device)
@@ -326,6 +343,8 @@ def interrupted(step: int, number: int, rank: int, processes: int) -> BaseExcept
     command = shlex.join([*words, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
     if rank:
         return SystemExit(128 + number)
+    if processes > int(os.environ.get("LOCAL_WORLD_SIZE", processes)):  # several machines
+        command = "the same command on each machine, and --resume"
     return Stop(f"\nsaved at step {step}; go on with: {command}", 128 + number)
 
 
@@ -342,7 +361,7 @@ def train(knobs: dict) -> None:
     embedding, augmenting = (torch.Generator().manual_seed(2 * knobs["seed"] + i) for i in range(2))
 
     def embed_rows(rows: Tensor) -> tuple[Tensor, Tensor]:  # of a window, one call after another
-        if agreed(bool(caught), device):
+        if agreed(caught, device):
             raise KeyboardInterrupt
         uv = embed_images(step, images, rows, chunk, embedding)
         journal.embedding(len(rows) * processes)
@@ -413,7 +432,7 @@ def train(knobs: dict) -> None:
             # log, save
             due = journal.due
             # To ask other processes is to wait for a GPU.
-            stop = (due or not cuda or processes == 1) and agreed(bool(caught), device)
+            stop = (due or not cuda or processes == 1 or state["step"] % 20 == 0) and agreed(caught, device)
             if due or stop:
                 journal.report(step.read_losses(), lr)
                 if journal.epoch_ends and rank == 0:
@@ -435,10 +454,12 @@ def train(knobs: dict) -> None:
 def main(argv: list[str]) -> None:
     try:
         train(settle(argv))
-    except Stop as stop:
-        if int(os.environ.get("RANK", 0)) and stop.code == 2:
+    except Stop:
+        if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # the first process says the same, and torchrun then ends this one
         raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

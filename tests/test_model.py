@@ -87,8 +87,11 @@ def test_embedding_leaves_no_trace(training):
 
 
 # ------------------------------------------------------------------------------------------------ optimiser
-@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3, dtype=torch.float64)])
-def test_lars_reference(lr):
+@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3, dtype=torch.float64), "as on CUDA"])
+def test_lars_reference(lr, monkeypatch):
+    if lr == "as on CUDA":  # the operations for it, on the CPU
+        lr = torch.tensor(0.3, dtype=torch.float64)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     params = [torch.nn.Parameter(REFERENCE[f"lars_p{i}"].clone()) for i in range(3)]
     optimizer = LARS(params, lr=lr, momentum=0.9, weight_decay=0.01)
     for step in range(4):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import data
 import train
 from augment import augment
 from lars import LARS
@@ -29,14 +30,18 @@ def one_of_two(rank, port, record):
     """Makes the process one of two, as torchrun does, and notes what its steps are given."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
                    "MASTER_PORT": str(port)}
-    steps, step = [], train.Step.__call__
+    steps, step, write = [], train.Step.__call__, data.write_cache
 
     def noting(self, *given):
         step(self, *given)
         steps.append(given)
         torch.save(steps, f"{record}{rank}.pt")
+
+    def writing(stem, *what):
+        print(f"process {rank} makes the cache")
+        write(stem, *what)
     if record:
-        train.Step.__call__ = noting
+        train.Step.__call__, data.write_cache = noting, writing
 
 
 def start_two(argv, output, record=""):
@@ -51,8 +56,12 @@ def start_two(argv, output, record=""):
     ("osgd --k 6 --q 2", "sogclr")])
 def test_two_processes_equal_one_that_adds_the_gradients(sampler, objective, leaves, tmp_path):
     words = "--sampler", *sampler.split(), "--objective", objective
-    argv, out = few(leaves, tmp_path / "run", *words), tmp_path / "out.txt"
+    folder = str(tmp_path / "data") if sampler == "random" else leaves
+    argv, out = few(folder, tmp_path / "run", *words), tmp_path / "out.txt"
     assert [finish(p) for p in start_two(argv, out, tmp_path / "rank")] == [0, 0], text(out)
+    assert "on cpu, 2 processes, peak learning rate 0.212; " in text(out)
+    assert "process 1 makes the cache" not in text(out)
+    assert sampler != "random" or text(out).count("process 0 makes the cache") == 2  # of both splits
     both = list(zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))))
     saved, knobs = checkpoint(tmp_path / "run"), train.settle(argv)
     assert len(both) == 6
@@ -148,6 +157,12 @@ def test_a_signal_of_torchrun_saves(number, leaves, tmp_path):
     said, step = text(tmp_path / "out.txt"), checkpoint(tmp_path / "run")["journal"]["step"]
     assert said.count(f"saved at step {step}; go on with: torchrun --nproc_per_node 2 ") == 1
     assert "Error" not in said.split("saved at")[0]
+
+
+def test_several_machines_are_told_of_all(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "torchrun --nproc_per_node 2" in str(train.interrupted(7, signal.SIGTERM, 0, 2))
+    assert "on each machine" in str(train.interrupted(7, signal.SIGTERM, 0, 4))
 
 
 def test_a_process_that_dies_takes_the_others_down(leaves, tmp_path):

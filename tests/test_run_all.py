@@ -1,5 +1,6 @@
 """Tests of run_all.sh, on a stand-in for Python that notes its calls.  Run: pytest tests/test_run_all.py"""
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def listed(repo, *words, **more):
     """The commands that --dry-run lists."""
     code, out, error, calls = run(repo, "--dry-run", *words, **more)
     assert code == 0 and not error and not calls
-    return [line.split(" ", 1)[1] for line in out.splitlines() if not line.startswith("==")]
+    return [" ".join(shlex.split(line)[1:]) for line in out.splitlines() if not line.startswith("==")]
 
 
 def test_paths_are_from_where_the_caller_is(repo):

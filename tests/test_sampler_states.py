@@ -34,6 +34,21 @@ def test_ahead_gives_the_same_batches_and_so_does_a_resumed_run(method, n):
     assert (threads > 0) == (method == "spectral" or callable(method))
 
 
+@pytest.mark.parametrize("stop", [0, 7, 29, 30, 31, 47])
+def test_ahead_of_a_list_gives_the_same_batches_and_so_does_a_resumed_run(stop):
+    """The list's embeddings are new in each epoch: what is chosen ahead is chosen on them."""
+    def build(ahead):
+        def embed(rows):
+            return U[rows] + sampler.epoch, V[rows] + sampler.epoch
+        sampler = make(k=10, seed=3, embed=embed, at_once=True, ahead=ahead)
+        return sampler
+    whole, first, again = train(build(False), 90), build(True), build(True)
+    assert train(first, stop) == whole[:stop]
+    assert (first.solved is not None) == (stop in (7, 31, 47))
+    again.load_state_dict(saved(first))
+    assert train(again, 90 - stop) == whole[stop:]
+
+
 @methods
 def test_what_was_fetched_and_not_trained_on_comes_again(method):
     whole = train(make(method, embed=lookup, **METHODS[method]), 90)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from samplers import (batch_losses, osgd_batches, osgd_batches_with_replacement, select_by_loss,
-                      spectral_affinity, spectral_batches)
+import augment as augmentation
+import samplers
+from samplers import (ContrastiveBatchSampler, batch_losses, osgd_batches, osgd_batches_with_replacement,
+                      select_by_loss, spectral_affinity, spectral_batches)
 from test_samplers import seeded, views
 
 
@@ -25,6 +28,38 @@ def test_no_device_slip_and_no_value_read_back():
             batch_losses(u, torch.randn(50, 8, dtype=torch.bfloat16), batches)
         with pytest.raises(DataDependentOutputException):  # and a value read back
             bool(batch_losses(u, v, batches).sum() > 0)
+
+
+class Copies(TorchDispatchMode):
+    """Notes the devices to which copies go that nothing waits for."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, kwargs = function(*args, **(kwargs or {})), kwargs or {}
+        if "_to_copy" in str(function) and kwargs.get("non_blocking"):
+            self.targets.add(result.device.type)
+        return result
+
+
+def test_what_goes_to_the_cpu_is_waited_for(monkeypatch):
+    """Else it would be read before it is there: row numbers of nothing."""
+    for check in "_check", "_check_rows":  # read values, which fake tensors have not
+        monkeypatch.setattr(samplers, check, lambda *_, **__: None)
+    monkeypatch.setattr(augmentation, "_ON_DEVICE", {})
+    with FakeTensorMode(), Copies() as copies:
+        copies.targets = set()
+        for here, there in ("cpu", "cuda"), ("cuda", "cpu"):
+            u, v = (torch.randn(48, 8, device=here) for _ in range(2))
+            batches = torch.zeros(7, 4, dtype=torch.int64, device=there)
+            batch_losses(u, v, batches)
+            select_by_loss(u, v, batches, 2)
+            sampler = ContrastiveBatchSampler(48, 4)
+            sampler.seen = torch.zeros(48, dtype=torch.bool)
+            sampler.update(torch.zeros(48, dtype=torch.int64, device=there), u, v)
+            images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8, device=here)
+            augmentation.augment(images, 8, torch.rand(4, augmentation.NUM_UNIFORM, device=there))
+            views_of = augmentation.views_of(images, torch.Generator(), 8, 0.5, 1, (0, 0, 0), (1, 1, 1),
+                                             images.device)
+            views_of(torch.zeros(4, dtype=torch.int64, device=there))
+    assert copies.targets == {"cuda"}
 
 
 def tensors(x):

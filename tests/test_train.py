@@ -406,6 +406,15 @@ def test_help_names_every_knob(capsys):
     assert stop.value.code == 0 and all("--" + name.replace("_", "-") in shown for name in train.KNOBS)
 
 
+def test_knobs_go_by_what_a_sampler_does_not_by_its_name(monkeypatch, capsys):
+    monkeypatch.setitem(train.KNOBS, "sampler", ("random", ("hard", "osgd-mine"), ""))
+    monkeypatch.setattr(train, "SAMPLERS", {"hard": {"method": "osgd"}, "osgd-mine": {"method": print}})
+    hard, mine = (train.settle(["--dataset", "cifar100", "--sampler", x]) for x in train.SAMPLERS)
+    assert (hard["k"], hard["q"], mine["k"], mine["q"]) == (1500, 150, 40, None)
+    with pytest.raises(cli.Stop, match="--q means nothing to --sampler osgd-mine"):
+        train.settle(["--sampler", "osgd-mine", "--q", "2"])
+
+
 def test_the_journal_estimates(tmp_path, capsys):
     """Images a second; and the time of a run that is to select first for an hour, after seconds."""
     knobs = train.settle("--dataset tinyimagenet --sampler osgd --k 1500 --q 150 --max-steps 60".split())
@@ -418,6 +427,12 @@ def test_the_journal_estimates(tmp_path, capsys):
     days = 250 * 60 * 32 * 13 / 86400
     said = capsys.readouterr().out
     assert f"the whole run takes {days:.0f} days here; --image-size 32 --limit 8192 --k 256: about" in said
+    journal.estimated, knobs["q"], knobs["k"] = False, 750, 1500
+    journal.estimate(2e6)
+    assert "--limit 8192 --k 256 --q 256: about" in capsys.readouterr().out
+    journal.estimated = False
+    journal.estimate(19_000)
+    assert capsys.readouterr().out == "the whole run takes about 5:16:40 here\n"
     journal.state["step"], journal.ticked = 2, time.perf_counter() - 10
     journal.report([1.0, 1.0], 0.1)
     line = capsys.readouterr().out
