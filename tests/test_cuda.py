@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.swa_utils import update_bn
 
 import samplers
 import train
+from lars import LARS
 from model import ContrastiveModel
-from retrieval import retrieval_metrics
+from retrieval import recalibrate, retrieval_metrics
+from rivals import released_spectral
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU on this machine")
 FEW = "--limit 256 --epochs 8 --batch-size 16 --k 4 --warmup-epochs 1 --log-every 5".split()
@@ -92,7 +93,13 @@ def pairs(n: int = 640, d: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     return u, v
 
 
-def test_the_gpu_chooses_as_the_cpu_does():
+@pytest.fixture
+def exact():
+    """Products in float32, whatever a run before this test has set."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_the_gpu_chooses_as_the_cpu_does(exact):
     u, v = pairs()
     cuda = u.cuda(), v.cuda()
     generator = torch.Generator()
@@ -101,26 +108,50 @@ def test_the_gpu_chooses_as_the_cpu_does():
         here, there = (samplers.batch_losses(*x, batches, loss=loss) for x in ((u, v), cuda))
         torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
     assert torch.equal(samplers.osgd_batches(*cuda, 32, 10, 3).cpu(), samplers.osgd_batches(u, v, 32, 10, 3))
+    drawn = [samplers.osgd_batches_with_replacement(*x, 32, 40, 4, generator=generator.manual_seed(0)).cpu()
+             for x in ((u, v), cuda)]
+    assert torch.equal(*drawn)
     random = samplers.batch_losses(u, v, batches).mean()
     groups = torch.arange(640) // 4
     for options in {}, {"refine": True}, {"refine": True, "exclude": groups}, {
-            "refine": True, "relative_margin": 0.1}:
-        here, there = (samplers.spectral_batches(*x, 32, 20, generator=generator.manual_seed(0), **options)
+            "refine": True, "relative_margin": 0.1}, "released":
+        choose = samplers.spectral_batches
+        if options == "released":
+            choose, options = released_spectral, {"temperature": 0.1}
+        here, there = (choose(*x, 32, 20, generator=generator.manual_seed(0), **options)
                        for x in ((u, v), cuda))
         assert there.is_cuda and torch.equal(there.cpu().flatten().sort().values, torch.arange(640))
         excess = [(samplers.batch_losses(u, v, x.cpu()).mean() - random).item() for x in (here, there)]
         assert excess[1] == pytest.approx(excess[0], rel=0.05)
 
 
-def test_evaluation_is_that_of_the_cpu():
+def test_lars_is_that_of_the_cpu(exact):
+    """A tensor as learning rate has operations of its own there."""
+    ends = []
+    for device, lr in ("cpu", 0.3), ("cuda", torch.tensor(0.3, device="cuda")):
+        torch.manual_seed(0)
+        model = ContrastiveModel()
+        gradients = [torch.randn_like(p) for p in model.parameters()]
+        model.to(device)
+        optimizer = LARS(model.parameters(), lr, weight_decay=0.01)
+        for _ in range(4):
+            for p, gradient in zip(model.parameters(), gradients):
+                p.grad = gradient.to(device, copy=True)
+            optimizer.step()
+        ends.append([p.detach().cpu() for p in model.parameters()])
+    for here, there in zip(*ends):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_is_that_of_the_cpu(exact):
     u, v = pairs()
     for name, value in retrieval_metrics(u.cuda(), v.cuda()).items():
         assert value == pytest.approx(retrieval_metrics(u, v)[name], abs=5e-3), name
     torch.manual_seed(0)
     model = ContrastiveModel()
     twin = copy.deepcopy(model).cuda()
-    batches = torch.randn(4, 16, 3, 32, 32)
-    update_bn(batches, model)
-    update_bn(batches.cuda(), twin)
+    batches = torch.randn(4, 32, 3, 32, 32)  # of two views of 16 images
+    recalibrate(model, batches)
+    recalibrate(twin, batches.cuda())
     for (name, here), there in zip(model.named_buffers(), twin.buffers()):
         torch.testing.assert_close(there.cpu(), here, rtol=1e-2, atol=1e-3, msg=name)
