@@ -12,7 +12,7 @@ import compare
 import train
 from test_retrieval import refusal
 
-KNOBS = {name: default for name, (default, *_) in train.KNOBS.items()} | {"limit": 64, "image_size": 32}
+KNOBS = {name: default for name, (default, *_) in train.KNOBS.items()} | {"limit": 64, "image_size": 32, "batch_size": 32}
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 6])

@@ -85,7 +85,7 @@ def equal(a, b):
 # ------------------------------------------------------------------------------------------------ saved
 @pytest.mark.parametrize("sampler, objective, unselected", [  # epochs of random batches
     ("random", "sogclr", 3), ("osgd --k 5 --q 3", "simclr", 0), ("spectral --k 4", "sogclr", 0),
-    ("refined --k 4", "dcl", 1), ("refined --k 4 --embeddings fresh", "simclr", 0),
+    ("refined --k 4 --embeddings free", "dcl", 1), ("refined --k 4", "simclr", 0),
     ("spectral --k 4 --embeddings list", "hcl", 0)])
 def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, unselected, leaves, tmp_path):
     flags = ["--sampler", *sampler.split(), "--objective", objective]
@@ -356,7 +356,7 @@ def test_divergence_stops(flags, leaves, tmp_path):
     ("--epochs many", "--epochs many: int"),
     ("--temperature 0", "--temperature 0: > 0"),
     ("--temperature nan", "--temperature nan"),
-    ("--lowest", "--lowest spectral"),
+    ("--lowest", "--lowest refined"),
     ("--sampler random --k 8", "--k random"),
     ("--sampler random --embeddings free", "--embeddings leave it out"),
     ("--seed " + "9" * 30, "--seed"),
