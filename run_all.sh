@@ -4,7 +4,7 @@
 # examples.  Results: results/synthetic/, runs/, results/quick/ or results/DATASET/, results/samplers.json.
 #   --full      the paper's twelve runs and four with our spectral batches, on embeddings taken as its authors
 #               did (the default where there are a CUDA GPU and one of the data sets)
-#   --quick     the same on generated images, small: ten minutes on two cores (the default elsewhere)
+#   --quick     the same on generated images, small: 7 minutes on two cores (the default elsewhere)
 #   --own-size  with --full: views of the images' own size, 32 or 64 pixels, instead of 224
 #   --fresh     move what these stages made to old-DATE/ and start over; else what is there is skipped
 #   --jobs N    N commands at a time (default: one a GPU; without a GPU one a core)
@@ -172,10 +172,10 @@ if [ $mode = auto ] && [ "$gpus" -gt 0 ]; then mode=$(ls "$data" 2>/dev/null); f
 if [[ $mode =~ ^full$|cifar-100-python|tiny-imagenet-200 ]]; then
   quick="" datasets=${DATASETS:-cifar100 tinyimagenet} objectives=${OBJECTIVES:-simclr sogclr}
   samplers=${SAMPLERS:-random osgd spectral-released spectral} large="temperature scaling"
-  echo "== The paper's twelve runs and four: 27 hours at 60 TFLOP/s, --own-size 1.7; --quick: ten minutes"
+  echo "== The paper's twelve runs and four: about 27 hours on an H200, --own-size 10; --quick: 7 minutes"
 else
   [ -z "${DATASETS:-}$own" ] || fail "DATASETS and --own-size are of the paper's runs: add --full"
-  quick=quick datasets=deadleaves objectives=${OBJECTIVES:-simclr} large=""
+  quick=quick datasets=deadleaves objectives=${OBJECTIVES:-dcl} large=""
   samplers=${SAMPLERS:-random osgd spectral refined}
 fi
 [ -n "$dry" ] || mkdir -p runs/.logs

@@ -49,7 +49,7 @@ case $all in
 esac
 """
 GIVEN = "DATA_DIR DATASETS SAMPLERS OBJECTIVES SEEDS TRAIN_FLAGS PYTHON OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
-RUNS = [f"quick-{sampler}-simclr" for sampler in ("random", "osgd", "spectral", "refined")]
+RUNS = [f"quick-{sampler}-dcl" for sampler in ("random", "osgd", "spectral", "refined")]
 EXPERIMENTS = ["toy", "angle", "optima", "convergence", "subsets", "histograms"]
 
 
@@ -223,7 +223,7 @@ def test_full_is_the_default_with_a_gpu_and_data(repo, name):
     (folder / name).touch()
     assert len(listed(repo, "train", **more)) == 18 and len(listed(repo, "train", "--quick", **more)) == 4
     _, out, _, calls = run(repo, "train", SAMPLERS="random", DATASETS="cifar100", STEP_SECONDS="1", **more)
-    assert out.startswith("== The paper's twelve runs and four: 27 hours")
+    assert out.startswith("== The paper's twelve runs and four: about 27 hours")
     assert calls[0].endswith(f"; data.load(*sys.argv[1:]) cifar100 train {folder}")
     assert f"--data-dir {folder} --out" in calls[1]
     times = [int(line.split()[2]) for line in (repo / "devices").read_text().splitlines()]
