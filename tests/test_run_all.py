@@ -305,3 +305,25 @@ def test_help_names_every_stage_and_option(repo):
     for word in ("setup test synthetic train bench retrieval report examples --full --quick --own-size "
                  "--fresh --jobs --dry-run RUN_PYTHON " + GIVEN.split("OMP")[0]).split():
         assert word in out
+
+
+def test_what_is_measured_on_a_gpu(repo):
+    """Four runs side by side, which go on when called again, and are evaluated once all have ended."""
+    (repo / "results").mkdir()
+    shutil.copy(HERE / "results/gpu.sh", repo / "results")
+    broken = repo / "fail-sampler spectral"
+    for attempt in range(2):
+        (repo / "calls").write_text("")
+        if attempt == 0:
+            broken.touch()
+        else:
+            broken.unlink()
+        subprocess.run(["bash", "results/gpu.sh", "runs", "out", "."], cwd=repo, timeout=60, capture_output=True,
+                       env=environment(repo, PYTHON="./fake", FLAGS="--device x"))
+        calls = (repo / "calls").read_text().splitlines()
+        trained = [call for call in calls if call.startswith("train.py")]
+        assert len(trained) == 4 and all(" --device x " in call for call in trained)
+        assert all(call.endswith("--resume") == bool(attempt) for call in trained)
+        assert [call.split()[0] for call in calls if "retrieval" in call] == ["retrieval.py"] * attempt
+    done = subprocess.run(["bash", "results/gpu.sh"], cwd=repo, capture_output=True, text=True)
+    assert done.returncode == 2 and "gpu.sh runs OUT DATA" in done.stdout
