@@ -318,8 +318,9 @@ def test_what_is_measured_on_a_gpu(repo):
             broken.touch()
         else:
             broken.unlink()
-        subprocess.run(["bash", "results/gpu.sh", "runs", "out", "."], cwd=repo, timeout=60, capture_output=True,
-                       env=environment(repo, PYTHON="./fake", FLAGS="--device x"))
+        more = environment(repo, PYTHON="./fake", FLAGS="--device x")
+        subprocess.run(["bash", "results/gpu.sh", "runs", "out", "."], cwd=repo, timeout=60, env=more,
+                       capture_output=True)
         calls = (repo / "calls").read_text().splitlines()
         trained = [call for call in calls if call.startswith("train.py")]
         assert len(trained) == 4 and all(" --device x " in call for call in trained)
