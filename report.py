@@ -102,8 +102,10 @@ def headline(record: dict) -> tuple[str, list[dict]]:
 
 
 def recorded() -> str:
-    """The runs that this repository holds: their table and curve, as compare.py makes them."""
+    """The runs that this repository holds, if it does: their table and curve, as compare.py makes them."""
     folder = Path(__file__).parent / "results"
+    if not (folder / "runs.json.gz").is_file():
+        return ""
     runs = compare.read_file(folder / "runs.json.gz")
     groups = compare.baseline_first(compare.group_runs(runs), runs, None)
     rows = compare.table("two views", runs, groups)
