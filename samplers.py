@@ -458,9 +458,9 @@ class ContrastiveBatchSampler(BatchSampler):
       Each window is embedded in its turn or, at_once, all samples whenever a permutation is drawn
       (osgd-replacement: in each epoch); or
     - update(indices, u, v) after each step: the step's own embeddings, for nothing. Samples not yet seen come
-      first, in random batches: the first epoch, or all where neither function is used. ahead: a thread
-      chooses the next window on the CPU while the steps of this one run, with the same result; not of osgd,
-      which a GPU does best.
+      first, in random batches: the first epoch, or all where neither function is used.
+    ahead, with update or at_once: a thread chooses the next window on the CPU while the steps of this one
+    run, with the same result; not of osgd, which a GPU does best.
     An epoch is n // B batches: a partition, or, of osgd, as much of one permutation after another; a new
     iteration is the next epoch, also where the last one was broken off. The processes of torch.distributed
     choose the same batches, embed a share each and share what update is given. Each of world_size takes every
