@@ -73,7 +73,7 @@ KNOBS = {
     "k": (None, "int >= 1", "batches a selection looks at (default: osgd 1500, others 40; deadleaves all)"),
     "q": (None, "int >= 1", "batches that osgd keeps of k (default: 150; deadleaves k / 4); others keep all"),
     "lowest": (False, bool, "osgd keeps the batches of lowest loss instead"),
-    "select_after": (0, "int >= 0", "random batches for n epochs: hard ones pay once random ones are easy"),
+    "select_after": (0, "int >= 0", "random batches for n epochs, then chosen ones"),
     "batch_size": (None, "int >= 2", "images in a mini-batch, B"),
     # objective
     "objective": (None, ("simclr", "sogclr", "hcl", "dcl"), "simclr: NT-Xent; sogclr: global loss with "
