@@ -110,7 +110,7 @@ KNOBS = {
 PAPER = {"image_size": 224, "crop_scale": 0.08, "jitter": 1.0, "sampler": "spectral", "batch_size": 32,
          "objective": "simclr", "epochs": 100, "warmup_epochs": 10}
 QUICK = {"limit": 2048, "image_size": 32, "crop_scale": 0.5, "jitter": 0.5, "sampler": "refined",
-         "embeddings": "fresh", "batch_size": 128, "objective": "dcl", "epochs": 10, "warmup_epochs": 1}
+         "batch_size": 128, "objective": "dcl", "epochs": 10, "warmup_epochs": 1}
 DATASET_DEFAULTS = {"cifar100": PAPER, "tinyimagenet": PAPER, "folder": PAPER, "deadleaves": QUICK}
 FREE_ON_RESUME = {"data_dir", "out_dir", "device", "step", "resume", "max_steps", "log_every",
                   "checkpoint_minutes"}

@@ -85,7 +85,7 @@ def equal(a, b):
 # ------------------------------------------------------------------------------------------------ saved
 @pytest.mark.parametrize("sampler, objective, unselected", [  # epochs of random batches
     ("random", "sogclr", 3), ("osgd --k 5 --q 3", "simclr", 0), ("spectral --k 4", "sogclr", 0),
-    ("refined --k 4 --embeddings free", "dcl", 1), ("refined --k 4", "simclr", 0),
+    ("refined --k 4", "dcl", 1), ("refined --k 4 --embeddings fresh", "simclr", 0),
     ("spectral --k 4 --embeddings list", "hcl", 0)])
 def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, unselected, leaves, tmp_path):
     flags = ["--sampler", *sampler.split(), "--objective", objective]
