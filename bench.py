@@ -135,7 +135,7 @@ def embed_run(folder: str, data_dir: str | None, device: torch.device) -> tuple[
 
 def embed_short_run(n: int, device: torch.device, steps: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """The same of n generated images, after so many steps of train.py on them."""
-    words = f"--sampler random --batch-size {B} --limit {n} --max-steps {steps}"
+    words = f"--sampler random --batch-size {B} --lr 0.424 --limit {n} --max-steps {steps}"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train.main([*words.split(), "--data-dir", folder, "--out-dir", f"{folder}/run"])
         return embed_run(f"{folder}/run", None, device)

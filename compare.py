@@ -29,8 +29,9 @@ KNOBS = {
 }
 NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "R1_inner_product": "inner",
          "linear": "linear", "knn": "20 NN", **{f"severity_{s}": f"sev{s}" for s in range(1, 6)}}
-NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "compile", "step", "resume", "max_steps",
-                "log_every", "checkpoint_minutes"}
+NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "precision", "compile", "step", "resume",
+                "max_steps", "log_every", "checkpoint_minutes"}
+LENGTH = {"epochs", "warmup_epochs"}  # of a schedule
 SAME_VIEWS = ("dataset", "source_size", "image_size", "crop_scale", "jitter", "skip_broken")
 FEWEST = 20  # images that a verdict takes
 
@@ -290,20 +291,24 @@ def cost_text(rows: list[dict]) -> str:
     return aligned(lines)
 
 
-def schedules(found: dict[str, dict]) -> dict[str, list[dict]]:
+def schedules(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, list[dict]]:
     """The ends of curves() by the settings but for a schedule's length, where one has several: by rising
     seconds, the last R1 [S]; and "ratio", these seconds to those at which the first setting's schedules,
     between two of them by a straight line, end at the same mean (None: none does)."""
-    lines = {}
-    for group, x in found.items():
-        name = ", ".join(word for word in group.split(", ") if not word.startswith(("epochs ", "steps ")))
-        lines.setdefault(name, []).append({"group": group, "seconds": x["seconds"][-1],
-                                           "R1": [r[-1] for r in x["R1"]]})
-    lines = {name: sorted(ends, key=lambda x: x["seconds"]) for name, ends in lines.items() if len(ends) > 1}
+    alike, lines = {}, {}
+    for group, x in curves(runs, groups).items():
+        knobs = runs[groups[group][0]].knobs
+        key = str({name: knobs[name] for name in sorted(knobs.keys() - NOT_COMPARED - LENGTH)})
+        alike.setdefault(key, []).append({
+            "group": group, "seconds": x["seconds"][-1], "R1": [r[-1] for r in x["R1"]]})
+    for ends in (x for x in alike.values() if len(x) > 1):
+        words = [word for word in ends[0]["group"].split(", ") if not word.startswith(("epochs ", "steps "))]
+        name = ", ".join(words)
+        lines[name if name not in lines else ends[0]["group"]] = sorted(ends, key=lambda x: x["seconds"])
     first = next(iter(lines.values()), [])
     for end in itertools.chain(*lines.values()):
         mean, means = np.mean(end["R1"]), np.array([np.mean(x["R1"]) for x in first])
-        same = first_at(mean, means, [x["seconds"] for x in first]) if mean >= means[0] else None
+        same = first_at(mean, means, [x["seconds"] for x in first]) if mean >= means.min() else None
         end["ratio"] = same and end["seconds"] / same
     return lines
 
@@ -377,7 +382,7 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
                 f"baseline's seconds less its own\n\n{cost_text(rows)}")
         samplers = [runs[members[0]].knobs["sampler"] for members in groups.values()]
         cli.save_figure(draw_curves(found, samplers, rows[0]["target"]), curve)
-        if lines := schedules(found):
+        if lines := schedules(runs, groups):
             record["schedules"] = lines
             cli.say("\nwhole schedules, drawn in schedules.png; ratio: seconds to those of the first setting "
                     "for the same R@1\n\n" + schedules_text(lines))

@@ -141,7 +141,7 @@ def build(results: Path, runs: Path) -> str:
         some = [claim for claim in every if claim["asked_by"] == by]
         some = [claim for claim in some if re.search(pattern, claim["claim"])] or some
         theory += [claim | {"claim": words} for claim in some[:1]]
-    claims = (claims[:3] + theory)[:10]  # what a person takes in
+    claims = (claims[:3] + theory)[:10]  # what a person takes in: of the reader's samplers three
     rows = [row for by in ASKED for row in [ASKED[by], *(x for x in claims if x["asked_by"] == by)]]
     ended = [{"run": path.parent.name} | json.loads(path.read_text())
              for path in sorted(runs.glob("*/result.json"))]

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -111,6 +112,24 @@ def agreed(wish: list | bool, device: torch.device) -> bool:
         dist.all_reduce(wishes := torch.tensor(int(bool(wish)), device=device))
         return bool(wishes)
     return bool(wish)
+
+
+def one_before_others(read: Callable):
+    """read() in the first process of each machine, then in the others, which find what it has made. A Stop of
+    one is raised in all."""
+    if not dist.is_initialized():
+        return read()
+    found, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in True, False:
+        why, whys = None, [None] * dist.get_world_size()
+        try:
+            found = read() if first == turn else found
+        except Stop as stop:
+            why = str(stop)
+        dist.all_gather_object(whys, why)
+        if any(whys):
+            raise Stop(next(filter(None, whys)))
+    return found
 
 
 class Journal:

@@ -32,7 +32,8 @@ from lars import LARS, warmup_cosine
 from model import ContrastiveModel, SogCLRLoss, dcl, embed, hcl, nt_xent
 from retrieval import retrieval_metrics
 from rivals import released_spectral
-from runfolder import Journal, agreed, free_folder, locked, read_checkpoint, signals_caught, write_checkpoint
+from runfolder import (
+    Journal, agreed, free_folder, locked, one_before_others, read_checkpoint, signals_caught, write_checkpoint)
 from samplers import ContrastiveBatchSampler, of_all_processes
 
 # ------------------------------------------------------------------------------------------------ knobs
@@ -70,7 +71,7 @@ KNOBS = {
                    "its turn comes; list: all images when a permutation is drawn, as the authors' code does; "
                    "free: what the steps computed when they last saw each image, the first epoch random "
                    "(default: refined free, others fresh)"),
-    "k": (None, "int >= 1", "batches a selection looks at (default: osgd 1500, others 40; deadleaves all)"),
+    "k": (None, "int >= 1", "batches a selection looks at (default: osgd 1500, others 40; deadleaves <= 40)"),
     "q": (None, "int >= 1", "batches that osgd keeps of k (default: 150; deadleaves k / 4); others keep all"),
     "lowest": (False, bool, "osgd keeps the batches of lowest loss instead"),
     "select_after": (0, "int >= 0", "random batches for n epochs, then chosen ones"),
@@ -112,7 +113,7 @@ PAPER = {"image_size": 224, "crop_scale": 0.08, "jitter": 1.0, "sampler": "spect
 QUICK = {"limit": 2048, "image_size": 32, "crop_scale": 0.5, "jitter": 0.5, "sampler": "refined",
          "batch_size": 128, "objective": "dcl", "epochs": 10, "warmup_epochs": 1}
 DATASET_DEFAULTS = {"cifar100": PAPER, "tinyimagenet": PAPER, "folder": PAPER, "deadleaves": QUICK}
-FREE_ON_RESUME = {"data_dir", "out_dir", "device", "step", "resume", "max_steps", "log_every",
+FREE_ON_RESUME = {"data_dir", "out_dir", "device", "precision", "step", "resume", "max_steps", "log_every",
                   "checkpoint_minutes"}
 VALIDATION_IMAGES = 1000  # of the quick two-view retrieval at the end of each epoch
 EMBED_PIXELS = 2**20  # at a time, on a CPU: for its caches, and to tell something every few seconds
@@ -132,7 +133,7 @@ def settle(argv: list[str]) -> dict:
         raise Stop(f"--{min(needless).replace('_', '-')} means nothing to --sampler {sampler}: leave it out")
     knobs["embeddings"] = knobs["embeddings"] or ("free" if sampler == "refined" else "fresh")
     if method != "random":
-        every = max(1, knobs["limit"] // knobs["batch_size"]) if quick else None
+        every = min(40, max(1, knobs["limit"] // knobs["batch_size"])) if quick else None
         knobs["k"] = knobs["k"] or every or (1500 if by_loss else 40)
     if by_loss:
         knobs["q"] = knobs["q"] or (max(1, knobs["k"] // 4) if quick else min(knobs["k"], 150))
@@ -292,20 +293,18 @@ def load_images(knobs: dict, device: torch.device, processes: int) -> tuple[Tens
     """Training and validation images, uint8 [N, 3, H, W], on the device if they fit; the former's digest."""
     load = functools.partial(data.load, knobs["dataset"], data_dir=knobs["data_dir"],
                              source_size=knobs["source_size"], skip_broken=knobs["skip_broken"])
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        if dist.is_initialized() and not first:  # of a machine one downloads and decodes
-            dist.barrier()
-        images, labels = load("train", num_images=knobs["limit"])
-        val_images, val_labels = load("val", num_images=VALIDATION_IMAGES)
-        if dist.is_initialized() and first:
-            dist.barrier()
-    except (PermissionError, FileNotFoundError) as error:
-        raise Stop(f"{error.filename} cannot be read ({error.strerror}): give another --data-dir") from None
-    except (ValueError, OSError) as error:
-        raise Stop(str(error)) from None
-    except MemoryError:
-        raise Stop("no memory to make the data in: give a smaller --limit or --source-size") from None
+
+    def read() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        try:
+            return *load("train", num_images=knobs["limit"]), *load("val", num_images=VALIDATION_IMAGES)
+        except (PermissionError, FileNotFoundError) as error:
+            why = f"{error.filename} cannot be read ({error.strerror}): give another --data-dir"
+        except (ValueError, OSError) as error:
+            why = str(error)
+        except MemoryError:
+            why = "no memory to make the data in: give a smaller --limit or --source-size"
+        raise Stop(why)
+    images, labels, val_images, val_labels = one_before_others(read)
     if knobs["limit"] and knobs["limit"] < len(images):
         rows = data.limit_indices(labels, knobs["limit"])
         images, labels = images[rows], labels[rows]

@@ -12,7 +12,8 @@ import compare
 import train
 from test_retrieval import refusal
 
-KNOBS = {name: default for name, (default, *_) in train.KNOBS.items()} | {"limit": 64, "image_size": 32, "batch_size": 32}
+KNOBS = {name: default for name, (default, *_) in train.KNOBS.items()} | {
+    "limit": 64, "image_size": 32, "batch_size": 32}
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 6])
@@ -199,7 +200,7 @@ def test_whole_schedules():
     runs = [run(sampler, epochs, seed, second) for sampler, lengths, second in (
         ("random", (6, 12, 24), 10), ("osgd", (6, 12, 48), 4), ("refined", (12,), 1)) for epochs in lengths
         for seed in (0, 1)]
-    lines = compare.schedules(along(runs))
+    lines = compare.schedules(runs, compare.group_runs(runs))
     assert list(lines) == ["random", "osgd"]  # one schedule alone is no line
     assert [x["seconds"] for x in lines["random"]] == [60, 120, 240]
     assert [x["ratio"] for x in lines["random"]] == [1, 1, 1]
@@ -208,7 +209,9 @@ def test_whole_schedules():
     rows = {line.split("  ")[0]: line.split() for line in compare.schedules_text(lines).splitlines()}
     assert rows["osgd, epochs 12"][-4:] == ["2", "36.3", "48", "0.40"]
     assert rows["osgd, epochs 48"][-1] == "192"
-    assert compare.schedules(along(runs[:2] + runs[6:8])) == {}
+    others = [x._replace(knobs=x.knobs | {"lr": x.knobs["epochs"] / 10}) for x in runs]
+    for none in runs[:2] + runs[6:8], others:  # one schedule of each; of other settings
+        assert compare.schedules(none, compare.group_runs(none)) == {}
 
 
 # -------------------------------------------------------------------------------- the file

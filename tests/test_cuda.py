@@ -68,7 +68,7 @@ def test_images_too_many_for_the_device_stay_outside(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("objective", ["simclr", "sogclr", "hcl", "dcl"])
 def test_no_step_waits_for_the_device(objective, tmp_path):
-    knobs = train.settle(["--objective", objective, "--sampler", "refined"])
+    knobs = train.settle(["--objective", objective, "--sampler", "refined", "--batch-size", "32"])
     device = torch.device("cuda", 0)
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, device=device)
     sampler = samplers.ContrastiveBatchSampler(64, 32)

@@ -144,7 +144,8 @@ def torchrun(argv, folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_of_torchrun_saves(number, leaves, tmp_path):
-    argv = few(leaves, tmp_path / "run", "--k", "3", "--limit", "2048")  # 256 steps an epoch
+    fresh = "--k", "3", "--embeddings", "fresh"
+    argv = few(leaves, tmp_path / "run", *fresh, "--limit", "2048")  # 256 steps an epoch
     process = torchrun(argv, tmp_path)
     wait_for(lambda: "loss" in text(tmp_path / "out.txt"), process)
     if number == signal.SIGINT:  # a terminal sends it to all, and torchrun once more
@@ -183,3 +184,7 @@ def test_torchruns_processes_refuse_in_one_line(leaves, tmp_path):
     finish(torchrun(argv, tmp_path))
     line = "--batch-size 16 in each of 2 processes is more than the 24 training images"
     assert text(tmp_path / "out.txt").count(line) == 1 and not (tmp_path / "run").exists()
+    argv += ["--dataset", "folder", "--data-dir", str(tmp_path / "absent")]  # of which the first is to read
+    finish(torchrun(argv, tmp_path))
+    said = text(tmp_path / "out.txt")
+    assert said.count("absent") == 1 and "Connection closed" not in said

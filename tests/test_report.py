@@ -74,8 +74,8 @@ def test_the_first_screen(full):
     text, rows, _ = read(full)
     parts = ["Your runs on generated images: after random batches 43.2 % of 1,000 images find their other "
              "view first (R@1), 43.2 % after osgd, 43.2 % after refined, 43.2 % after spectral ones (3",
-             "your runs: images, seconds", "Recorded runs on generated images, 1,000", "recorded runs: images",
-             "What holds", "Four points in the plane, on", "All of it"]
+             "your runs: images, seconds", "Recorded runs on generated images, 1,000",
+             "recorded runs: images", "What holds", "Four points in the plane, on", "All of it"]
     assert sorted(parts, key=text.index) == parts
     begin, end = (next(i for i, x in enumerate(rows) if x[0] == y) for y in ("verdict", "run"))
     first = rows[begin:end][:13]
@@ -86,7 +86,7 @@ def test_the_first_screen(full):
     assert first[5] == ["✓ holds", report.ROWS[1][2], "0.432 [0.41 to –]"]  # else the first
     asked = first.index(["What we asked beyond it"])
     assert first[asked + 1][0] == "✓ holds" and "refined" in first[asked + 1][1]
-    assert first[asked + 2] == ["? not settled", report.ROWS[6][2], "– [– to 2]"] and asked + 3 == len(first)
+    assert first[asked + 2:] == [["? not settled", report.ROWS[6][2], "– [– to 2]"]]
 
 
 def test_all_of_it_is_there(full):

@@ -220,6 +220,8 @@ def test_full_is_the_default_with_a_gpu_and_data(repo, name):
     folder.mkdir()
     (repo / "gpus").write_text("2")
     assert len(listed(repo, "train", **more)) == 4
+    _, out, _, _ = run(repo, "--dry-run", "train", **more)
+    assert shlex.split(out.splitlines()[1])[-3] == str(folder)  # after --data-dir, to be pasted
     (folder / name).touch()
     assert len(listed(repo, "train", **more)) == 18 and len(listed(repo, "train", "--quick", **more)) == 4
     _, out, _, calls = run(repo, "train", SAMPLERS="random", DATASETS="cifar100", STEP_SECONDS="1", **more)

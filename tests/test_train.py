@@ -192,18 +192,21 @@ def interrupted(number, part):
     train.embed_images = embed_and_signal
 
 
+FRESH = "--k", "4", "--embeddings", "fresh"
+
+
 @pytest.fixture(scope="module")
 def whole(leaves, tmp_path_factory):
     """What a run that was left alone saves at its end."""
     folder = tmp_path_factory.mktemp("whole")
-    argv = quick(leaves, folder / "run", "--k", "4", *SELDOM)
+    argv = quick(leaves, folder / "run", *FRESH, *SELDOM)
     assert finish(start(argv, folder / "out.txt", interrupted, 0, 0)) == 0
     return checkpoint(folder / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_the_run_resumes(number, leaves, whole, tmp_path):
-    argv, out = quick(leaves, tmp_path / "run", "--k", "4", *SELDOM), tmp_path / "out.txt"
+    argv, out = quick(leaves, tmp_path / "run", *FRESH, *SELDOM), tmp_path / "out.txt"
     within_a_window = number == signal.SIGINT
     process = start(argv, out, interrupted, number, 7 if within_a_window else 0)
     if not within_a_window:
