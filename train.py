@@ -33,7 +33,8 @@ from model import ContrastiveModel, SogCLRLoss, dcl, embed, hcl, nt_xent
 from retrieval import retrieval_metrics
 from rivals import released_spectral
 from runfolder import (
-    Journal, agreed, free_folder, locked, one_before_others, read_checkpoint, signals_caught, write_checkpoint)
+    Journal, agreed, free_folder, locked, one_before_others, read_checkpoint, signals_caught,
+    write_checkpoint)
 from samplers import ContrastiveBatchSampler, of_all_processes
 
 # ------------------------------------------------------------------------------------------------ knobs
