@@ -292,8 +292,8 @@ def cost_text(rows: list[dict]) -> str:
 
 
 def schedules(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, list[dict]]:
-    """The ends of curves() by the settings but for a schedule's length, where one has several: by rising
-    seconds, the last R1 [S]; and "ratio", these seconds to those at which the first setting's schedules,
+    """The ends of curves() by the settings but for a schedule's length, if any has several: by rising
+    seconds, the last R1 [S]; and "ratio", these seconds to those at which the schedules of the first that has several,
     between two of them by a straight line, end at the same mean (None: none does)."""
     alike, lines = {}, {}
     for group, x in curves(runs, groups).items():
@@ -301,11 +301,13 @@ def schedules(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, list[d
         key = str({name: knobs[name] for name in sorted(knobs.keys() - NOT_COMPARED - LENGTH)})
         alike.setdefault(key, []).append({
             "group": group, "seconds": x["seconds"][-1], "R1": [r[-1] for r in x["R1"]]})
-    for ends in (x for x in alike.values() if len(x) > 1):
+    for ends in alike.values():
         words = [word for word in ends[0]["group"].split(", ") if not word.startswith(("epochs ", "steps "))]
         name = ", ".join(words)
         lines[name if name not in lines else ends[0]["group"]] = sorted(ends, key=lambda x: x["seconds"])
-    first = next(iter(lines.values()), [])
+    first = next((x for x in lines.values() if len(x) > 1), None)
+    if first is None:
+        return {}
     for end in itertools.chain(*lines.values()):
         mean, means = np.mean(end["R1"]), np.array([np.mean(x["R1"]) for x in first])
         same = first_at(mean, means, [x["seconds"] for x in first]) if mean >= means.min() else None
@@ -325,11 +327,12 @@ def schedules_text(lines: dict[str, list[dict]]) -> str:
 def draw_schedules(lines: dict[str, list[dict]]):
     """Last R@1 against the seconds of a whole schedule; bars from the lowest seed to the highest."""
     figure, axes = cli.canvas(1, 1, 4.6, 3.2)
-    for name, ends in lines.items():
+    for (name, ends), marker in zip(lines.items(), itertools.cycle("osD^vP")):
         y = [100 * np.array(x["R1"]) for x in ends]
         around = np.transpose([(x.mean() - x.min(), x.max() - x.mean()) for x in y])
-        axes[0, 0].errorbar([x["seconds"] for x in ends], [x.mean() for x in y], around, marker="o",
-                            capsize=2, label=name, color=cli.COLOURS.get(name.split(", ")[0], "black"))
+        axes[0, 0].errorbar([x["seconds"] for x in ends], [x.mean() for x in y], around, label=name,
+                            color=cli.COLOURS.get(name.split(", ")[0], "black"), marker=marker, markersize=4,
+                            capsize=2)
     axes[0, 0].set(xlabel="seconds of a whole schedule", ylabel="R@1 at its end (%)")
     axes[0, 0].legend()
     return figure
@@ -338,7 +341,7 @@ def draw_schedules(lines: dict[str, list[dict]]):
 def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     """R@1 against images seen and seconds; a line is the mean over seeds, a band from the lowest to the
     highest.  samplers: of each group."""
-    figure, axes = cli.canvas(1, 2, 7.2, 3.0, sharey=True)
+    figure, axes = cli.canvas(1, 2, 7.2, 2.7 + 0.17 * math.ceil(len(found) / 2), sharey=True)
     for axis, at in zip(axes[0], ("images", "seconds")):
         for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
             style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler

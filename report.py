@@ -112,7 +112,7 @@ def recorded() -> str:
     return "\n".join([
         f"<h2>Recorded runs on generated images, {rows[0]['images']:,} of them evaluated</h2>",
         table(rows, "group seeds R1 difference verdict seconds_training seconds_selecting"),
-        figure(folder / "full/curve.png", "R@1 along training, recorded runs: images, seconds")])
+        figure(folder / "full/schedules.png", "R@1 at the end of whole schedules against their seconds")])
 
 
 def detail(record: dict, path: Path) -> str:

@@ -201,7 +201,7 @@ def test_whole_schedules():
         ("random", (6, 12, 24), 10), ("osgd", (6, 12, 48), 4), ("refined", (12,), 1)) for epochs in lengths
         for seed in (0, 1)]
     lines = compare.schedules(runs, compare.group_runs(runs))
-    assert list(lines) == ["random", "osgd"]  # one schedule alone is no line
+    assert list(lines) == ["random", "osgd", "refined"] and len(lines["refined"]) == 1
     assert [x["seconds"] for x in lines["random"]] == [60, 120, 240]
     assert [x["ratio"] for x in lines["random"]] == [1, 1, 1]
     assert lines["osgd"][1]["R1"] == pytest.approx([math.log2(12) / 10, math.log2(12) / 10 + 0.01])

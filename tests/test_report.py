@@ -75,7 +75,7 @@ def test_the_first_screen(full):
     parts = ["Your runs on generated images: after random batches 43.2 % of 1,000 images find their other "
              "view first (R@1), 43.2 % after osgd, 43.2 % after refined, 43.2 % after spectral ones (3",
              "your runs: images, seconds", "Recorded runs on generated images, 1,000",
-             "recorded runs: images", "What holds", "Four points in the plane, on", "All of it"]
+             "whole schedules against", "What holds", "Four points in the plane, on", "All of it"]
     assert sorted(parts, key=text.index) == parts
     begin, end = (next(i for i, x in enumerate(rows) if x[0] == y) for y in ("verdict", "run"))
     first = rows[begin:end][:13]
@@ -119,7 +119,7 @@ def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
     words = (tmp_path / "results/report.html").read_text()
     assert "None of your runs has been trained and evaluated yet: bash run_all.sh does it." in words
     assert "Not there yet: results/samplers.json, results/synthetic/toy.json, " in words
-    assert "recorded" in words
+    assert "Recorded runs" in words
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"[]"])
