@@ -293,8 +293,8 @@ def cost_text(rows: list[dict]) -> str:
 
 def schedules(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, list[dict]]:
     """The ends of curves() by the settings but for a schedule's length, if any has several: by rising
-    seconds, the last R1 [S]; and "ratio", these seconds to those at which the schedules of the first that has several,
-    between two of them by a straight line, end at the same mean (None: none does)."""
+    seconds, the last R1 [S]; and "ratio", these seconds to those at which the schedules of the first that has
+    several, between two of them by a straight line, end at the same mean (None: none does)."""
     alike, lines = {}, {}
     for group, x in curves(runs, groups).items():
         knobs = runs[groups[group][0]].knobs
@@ -341,7 +341,8 @@ def draw_schedules(lines: dict[str, list[dict]]):
 def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     """R@1 against images seen and seconds; a line is the mean over seeds, a band from the lowest to the
     highest.  samplers: of each group."""
-    figure, axes = cli.canvas(1, 2, 7.2, 2.7 + 0.17 * math.ceil(len(found) / 2), sharey=True)
+    columns = 2 if len(found) > 1 and max(map(len, found)) < 46 else 1
+    figure, axes = cli.canvas(1, 2, 7.2, 2.7 + 0.18 * math.ceil(len(found) / columns), sharey=True)
     for axis, at in zip(axes[0], ("images", "seconds")):
         for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
             style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
@@ -351,8 +352,7 @@ def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
         axis.axhline(100 * target, color="black", linewidth=0.6, linestyle=":")
         axis.set(xlabel="images seen" if at == "images" else "seconds of training and selecting")
     axes[0, 0].set(ylabel="two-view R@1 (%)", title="line: mean over seeds; band: lowest to highest")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=min(2, len(found)))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     return figure
 
 
