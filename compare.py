@@ -31,7 +31,6 @@ NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "mrr": "MRR", "R1_inner_produc
          "linear": "linear", "knn": "20 NN", **{f"severity_{s}": f"sev{s}" for s in range(1, 6)}}
 NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "precision", "compile", "step", "resume",
                 "max_steps", "log_every", "checkpoint_minutes"}
-LENGTH = {"epochs", "warmup_epochs"}  # of a schedule
 SAME_VIEWS = ("dataset", "source_size", "image_size", "crop_scale", "jitter", "skip_broken")
 FEWEST = 20  # images that a verdict takes
 
@@ -298,7 +297,7 @@ def schedules(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, list[d
     alike, lines = {}, {}
     for group, x in curves(runs, groups).items():
         knobs = runs[groups[group][0]].knobs
-        key = str({name: knobs[name] for name in sorted(knobs.keys() - NOT_COMPARED - LENGTH)})
+        key = str({name: knobs[name] for name in sorted(knobs.keys() - NOT_COMPARED - {"epochs"})})
         alike.setdefault(key, []).append({
             "group": group, "seconds": x["seconds"][-1], "R1": [r[-1] for r in x["R1"]]})
     for ends in alike.values():

@@ -14,6 +14,7 @@ import runpy, torch
 images, encoder = torch.randn(96, 16), torch.nn.Linear(16, 8)
 optimizer = torch.optim.Adam(encoder.parameters())
 def augment(x): return x + 0.1 * torch.randn_like(x)
+def update_weights(loss): optimizer.zero_grad(), loss.backward(), optimizer.step()
 def loss(u, v): return torch.nn.functional.cross_entropy(u @ v.T, torch.arange(len(u)))
 yours = dict(globals())
 """
