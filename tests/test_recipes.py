@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parents[1]
 YOURS = """
 import runpy, torch
-images, encoder = torch.randn(96, 16), torch.nn.Linear(16, 8)
+images, encoder = torch.randn(384, 16), torch.nn.Linear(16, 8)
 optimizer = torch.optim.Adam(encoder.parameters())
 def augment(x): return x + 0.1 * torch.randn_like(x)
 def update_weights(loss): optimizer.zero_grad(), loss.backward(), optimizer.step()
