@@ -101,18 +101,17 @@ def headline(record: dict) -> tuple[str, list[dict]]:
             f"{base['images']:,} images find their other view first (R@1), {rates} ones ({seeds}).", claims)
 
 
-def recorded() -> str:
-    """The runs that this repository holds, if it does: their table and curve, as compare.py makes them."""
+def recorded() -> tuple[str, str]:
+    """The runs that this repository holds, if it does: their figure, and their table, folded."""
     folder = Path(__file__).parent / "results"
     if not (folder / "runs.json.gz").is_file():
-        return ""
+        return "", ""
     runs = compare.read_file(folder / "runs.json.gz")
     groups = compare.baseline_first(compare.group_runs(runs), runs, None)
     rows = compare.table("two views", runs, groups)
-    return "\n".join([
-        f"<h2>Recorded runs on generated images, {rows[0]['images']:,} of them evaluated</h2>",
-        table(rows, "group seeds R1 difference verdict seconds_training seconds_selecting"),
-        figure(folder / "full/schedules.png", "R@1 at the end of whole schedules against their seconds")])
+    title = f"Recorded runs on generated images: R@1 of {rows[0]['images']:,} after whole schedules"
+    return (figure(folder / "full/schedules.png", f"{title}, by their seconds"), fold(
+        title, table(rows, "group seeds R1 difference verdict seconds_training seconds_selecting")))
 
 
 def detail(record: dict, path: Path) -> str:
@@ -147,16 +146,15 @@ def build(results: Path, runs: Path) -> str:
              for path in sorted(runs.glob("*/result.json"))]
     sources = [{"file": str(path)} | record for path, record in records.items()]
     missing = ", ".join(str(path) for path in wanted if path not in records)
-    title = "Mini-batches worth training on"
+    title, evidence = "Mini-batches worth training on", recorded()
     return "\n".join([
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
         f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{text(sentence)}</p>",
         figure(own.parent / "curve.png", "R@1 along training, your runs: images, seconds") if own else "",
-        recorded(),
+        evidence[0],
         "<h2>What holds, with 95 % intervals</h2>", table(rows, "verdict claim measured"),
-        figure(results / "synthetic/toy.png", "Four points in the plane, on their way to the optimum"),
-        "<h2>All of it</h2>", *(detail(record, path) for path, record in records.items()),
+        "<h2>All of it</h2>", evidence[1], *(detail(record, path) for path, record in records.items()),
         fold("runs", table(ended, "run R1 R5 step seconds_training seconds_selecting")),
         fold("what made these numbers", table(sources, "file command time commit device")),
         f"<p>Not there yet: {text(missing or 'nothing')}; bash run_all.sh makes it (temperature and scaling: "
