@@ -1,7 +1,7 @@
 """Runs compared: groups of seeds, differences with intervals over seeds and images, cost along training.
 
     python compare.py results/runs.json.gz                   # tables and figure of recorded runs, no training
-    python compare.py results/runs.json.gz --baseline "random, batch-size 128" --target 0.5 --out elsewhere
+    python compare.py results/runs.json.gz --baseline "random, dcl, batch-size 128, epochs 24" --out elsewhere
 
 The files come from retrieval.py --export, which compares runs by the same functions.
 """
@@ -42,7 +42,8 @@ class Run(NamedTuple):
     made_by: dict    # result.json: commit, device, versions and more
     log: list[dict]  # a line an epoch
     # By title of a table: images, their number; images_digest; values by score, in 0 to 1, of each image
-    # [images] or the mean alone [1], the first, of `parts` zeros and ones, judges; scores, {"mean": of each}.
+    # [images] or the mean alone [1], the first, of `parts` zeros and ones, judges; scores, of
+    # each {"mean", "se"}, its standard error over the images.
     scores: dict[str, dict] = {}
 
 
@@ -58,12 +59,16 @@ def read_runs(words: list[str]) -> list[Run]:
         found = sorted(root / x for x in glob.glob(rest, root_dir=root)) if glob.has_magic(rest) else [path]
         if not found:
             raise Stop(f"{word} matches no folder: give folders that hold a result.json")
-        folders += map(Path, found)
+        folders += [x for x in map(Path, found) if not x.is_file()]  # which the shell's * gives, too
+    if not folders:
+        raise Stop(f"{words[0]} is no folder: give folders that hold a result.json")
     for folder in folders:
         try:
             config, made_by = (json.loads((folder / x).read_text()) for x in ("config.json", "result.json"))
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            runs.append(Run(folder, config["knobs"], made_by, log))
+            processes = config.get("processes", 1)
+            knobs = config["knobs"] | ({"processes": processes} if processes > 1 else {})
+            runs.append(Run(folder, knobs, made_by, log))
         except (OSError, ValueError, KeyError) as error:
             raise Stop(f"no finished run in {folder} ({error}): give folders that hold a result.json, or "
                        "finish the run with train.py --resume") from None
@@ -96,30 +101,38 @@ def read_file(path: Path) -> list[Run]:
 
 
 # -------------------------------------------------------------------------------- groups
+def settings(run: Run) -> dict:
+    """The knobs that tell runs apart; what a run of an older commit has no word of counts as absent."""
+    return {name: x for name, x in run.knobs.items() if name not in NOT_COMPARED and x not in (None, False)}
+
+
 def group_runs(runs: list[Run]) -> dict[str, list[int]]:
     """Positions of the runs that differ in seed alone, by the knobs in which groups differ. Raises Stop."""
     for name in SAME_VIEWS:
         if other := [run.folder for run in runs if run.knobs[name] != runs[0].knobs[name]]:
             raise Stop(f"{runs[0].folder} and {other[0]} differ in {name}, so in views: give them apart")
-    # What a run of an older commit has no word of counts as absent; a run may have been stopped or extended.
-    knobs = [{name: x for name, x in {**run.knobs, "steps": run.log[-1]["step"]}.items()
-              if name not in NOT_COMPARED and x not in (None, False)} for run in runs]
+    knobs = [settings(run) | {"steps": run.log[-1]["step"]} for run in runs]  # it may have been stopped
     groups, named = {}, {}
     for i in sorted(range(len(runs)), key=lambda i: runs[i].knobs["seed"]):
         groups.setdefault(json.dumps(knobs[i], sort_keys=True), []).append(i)
-    order = dict.fromkeys(["sampler", "objective", "embeddings", "batch_size", "select_after", "k", "q",
+    order = dict.fromkeys(["sampler", "objective", "embeddings", "batch_size", "lr", "select_after", "k", "q",
                            *(name for own in knobs for name in own)])
     chosen = [own for own in knobs if own["sampler"] != "random"]  # which alone has no embeddings
     differ = {name for name, those in (("objective", knobs), ("embeddings", chosen), ("batch_size", knobs))
               if len({own.get(name) for own in those}) > 1}
+    if any(one["batch_size"] == other["batch_size"] and one.get("lr") != other.get("lr")
+           for one, other in itertools.combinations(knobs, 2)):
+        differ.add("lr")
     for members in sorted(groups.values(), key=min):
         own, peers, words = knobs[members[0]], [knobs[x[0]] for x in groups.values()], []
-        for name in order:  # these three where any runs differ; of others what it takes to tell groups apart
+        for name in order:  # these four where any runs differ; of others what it takes to tell groups apart
             x = own.get(name)
             alike = [peer for peer in peers if peer.get(name) == x]
-            told = len(alike) < len(peers) or name in differ and own["sampler"] != "random"
+            told = len(alike) < len(peers) or (
+                name in differ and (name != "embeddings" or own["sampler"] != "random"))
             if name == "sampler" or told and x not in (None, "simclr"):
-                words.append(x if isinstance(x, str) else name.replace("_", "-") + f" {x}" * (x is not True))
+                value = f" {x:.4g}" if isinstance(x, float) else f" {x}"
+                words.append(x if isinstance(x, str) else name.replace("_", "-") + value * (x is not True))
             peers = alike
         name = ", ".join(words)
         named[name if name not in named else f"{name} ({len(named)})"] = members
@@ -237,10 +250,10 @@ def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
     found = {}
     for group, members in groups.items():
         logs = [{line["step"]: line for line in runs[i].log} for i in members]
-        steps = sorted(set.intersection(*map(set, logs)))  # of all, wherever one was stopped
+        own, steps = runs[members[0]].knobs, sorted(set.intersection(*map(set, logs)))  # of all, if stopped
         seconds = [[log[x]["seconds_training"] + log[x]["seconds_selecting"] for x in steps] for log in logs]
         found[group] = {"seeds": [runs[i].knobs["seed"] for i in members],
-                        "images": [x * runs[members[0]].knobs["batch_size"] for x in steps],
+                        "images": [x * own["batch_size"] * own.get("processes", 1) for x in steps],
                         "seconds": np.mean(seconds, 0).tolist(),
                         "R1": [[log[x]["R1"] for x in steps] for log in logs]}
     return found
@@ -291,15 +304,16 @@ def cost_text(rows: list[dict]) -> str:
 
 
 def schedules(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, list[dict]]:
-    """The ends of curves() by the settings but for a schedule's length, if any has several: by rising
-    seconds, the last R1 [S]; and "ratio", these seconds to those at which the schedules of the first that has
-    several, between two of them by a straight line, end at the same mean (None: none does)."""
+    """The ends of curves() by the settings but for a schedule's length, if any has several whole ones: by
+    rising seconds, the last R1 [S]; and "ratio", these seconds to those at which the schedules of the first
+    that has several, between two of them by a straight line, end at the same mean (None: none does)."""
     alike, lines = {}, {}
     for group, x in curves(runs, groups).items():
-        knobs = runs[groups[group][0]].knobs
-        key = str({name: knobs[name] for name in sorted(knobs.keys() - NOT_COMPARED - {"epochs"})})
-        alike.setdefault(key, []).append({
-            "group": group, "seconds": x["seconds"][-1], "R1": [r[-1] for r in x["R1"]]})
+        run = runs[groups[group][0]]
+        key = json.dumps({**settings(run), "epochs": None}, sort_keys=True)
+        if run.log[-1]["epoch"] >= run.knobs["epochs"]:
+            alike.setdefault(key, []).append({
+                "group": group, "seconds": x["seconds"][-1], "R1": [r[-1] for r in x["R1"]]})
     for ends in alike.values():
         words = [word for word in ends[0]["group"].split(", ") if not word.startswith(("epochs ", "steps "))]
         name = ", ".join(words)
@@ -328,7 +342,7 @@ def draw_schedules(lines: dict[str, list[dict]]):
     figure, axes = cli.canvas(1, 1, 4.6, 3.2)
     for (name, ends), marker in zip(lines.items(), itertools.cycle("osD^vP")):
         y = [100 * np.array(x["R1"]) for x in ends]
-        around = np.transpose([(x.mean() - x.min(), x.max() - x.mean()) for x in y])
+        around = np.transpose([(x.mean() - x.min(), x.max() - x.mean()) for x in y]).clip(0)  # rounding
         axes[0, 0].errorbar([x["seconds"] for x in ends], [x.mean() for x in y], around, label=name,
                             color=cli.COLOURS.get(name.split(", ")[0], "black"), marker=marker, markersize=4,
                             capsize=2)
@@ -382,6 +396,8 @@ def show(runs: list[Run], groups: dict[str, list[int]], target: float | None, cu
         rows = record["cost"] = cost(found, target)
         cli.say(f"\nalong training, to R@1 {rows[0]['target']:.1%} in log.jsonl; gain: R@1 after the "
                 f"baseline's seconds less its own\n\n{cost_text(rows)}")
+        if len(devices := {str(run.made_by.get("device")) for run in runs}) > 1:
+            cli.say(f"\nseconds are of {' and '.join(sorted(devices))}: do not compare them")
         samplers = [runs[members[0]].knobs["sampler"] for members in groups.values()]
         cli.save_figure(draw_curves(found, samplers, rows[0]["target"]), curve)
         if lines := schedules(runs, groups):
@@ -397,6 +413,7 @@ def main(argv: list[str]) -> None:
     if not knobs["files"]:
         raise Stop("name a file of retrieval.py --export, such as: python compare.py results/runs.json.gz")
     runs = [run for word in knobs["files"] for run in read_file(cli.expand(word))]
+    runs = list({json.dumps([run.knobs, run.log]): run for run in runs}.values())  # two files may hold it
     groups = baseline_first(group_runs(runs), runs, knobs["baseline"])
     out = made(knobs["out"])
     show(runs, groups, knobs["target"], out / "curve")

@@ -48,7 +48,10 @@ def official(dataset: str, data_dir: Path, n: int, size: int) -> Callable:
 
 def cifar_c(folder: Path, n: int) -> Callable:
     """CIFAR-100-C: <corruption>.npy, uint8 [5N, 32, 32, 3], severity s at rows (s-1)N to sN."""
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in CIFAR]
+    try:
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in CIFAR]
+    except EOFError:
+        raise ValueError(f"a file of {folder} is empty: get it again") from None
     for name, array in zip(CIFAR, arrays):
         if array.dtype != np.uint8 or array.shape != (5 * n, 32, 32, 3):
             raise ValueError(f"{folder / name}.npy is {array.dtype} {array.shape}, not uint8 "

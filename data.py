@@ -14,10 +14,12 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
 import warnings
 import zipfile
@@ -242,6 +244,10 @@ def own_folder(inside: Path):
     """A folder of this process alone, gone afterwards."""
     try:
         inside.mkdir(parents=True, exist_ok=True)
+        for old in inside.glob("tmp*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - old.stat().st_mtime > 24 * 3600:  # of a process that was killed
+                    shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=inside) as own:
             yield Path(own)
     except OSError as error:

@@ -56,7 +56,7 @@ def show(row: dict, name: str) -> str:
     value = row.get(name)
     if isinstance(value, str):
         return MARKS.get(value, value)
-    percent = re.fullmatch("R1|R5|R10|mrr|severity.*|linear|knn|difference|gain", name) is not None
+    percent = re.fullmatch("R1.*|R5|mrr|severity.*|linear|knn|difference|gain|target", name) is not None
     low, high = (number(x, percent) for x in row.get(f"{name}_interval") or (None, None))
     return number(value, percent) + f" [{low} to {high}]" * (low != high)
 
@@ -96,9 +96,10 @@ def headline(record: dict) -> tuple[str, list[dict]]:
         "claim": f"{where.capitalize()}: {row['group']} batches gain points of R@1 over {base['group']} ones"}
         for row in others if base["seeds"] > 1 and not row["group"].startswith("random")]
     rates = ", ".join(f"{number(row['R1'], True)} % after {row['group']}" for row in others)
+    rates = f", {rates} ones" if rates else ""
     seeds = f"{base['seeds']} seeds" if base["seeds"] > 1 else "one seed, which settles nothing"
     return (f"Your runs on {where}: after {base['group']} batches {number(base['R1'], True)} % of "
-            f"{base['images']:,} images find their other view first (R@1), {rates} ones ({seeds}).", claims)
+            f"{base['images']:,} images find their other view first (R@1){rates} ({seeds}).", claims)
 
 
 def recorded() -> tuple[str, str]:
@@ -126,7 +127,8 @@ def detail(record: dict, path: Path) -> str:
 
 def build(results: Path, runs: Path) -> str:
     """The page, from what lies in the two folders."""
-    wanted = [*sorted(results.glob("*/retrieval.json")), results / "samplers.json",
+    wanted = [*sorted([*results.glob("retrieval.json"), *results.glob("*/retrieval.json")]),
+              results / "samplers.json",
               *(results / f"synthetic/{name}.json" for name in dict.fromkeys(row[1] for row in ROWS))]
     records = {path: json.loads(path.read_text()) for path in wanted if path.is_file()}
     sentence, claims = "None of your runs has been trained and evaluated yet: bash run_all.sh does it.", []

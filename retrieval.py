@@ -10,6 +10,7 @@ gets retrieval.json (all that is printed, and more) and the figures of --curve a
 """
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -239,14 +240,17 @@ def evaluate(run: compare.Run, knobs: dict, device: torch.device) -> compare.Run
         made_by = cli.provenance(device)
         for title, values in compute(run, missing, folder, val, device) if missing else ():
             first, n = next(iter(values)), len(next(iter(values.values()))[0])
-            means = {name: float(x.mean(0).mean()) for name, x in values.items()}
+            scores = {name: x.mean(0) for name, x in values.items()}  # of each image
             what = f"{n:,} {'batches' if title == LOSSES else 'images'}: {compare.NAMES.get(first, first)}"
             kept[keys[title]] = {
                 "images": n, "images_digest": images, "parts": len(values[first]), **made_by,
-                "scores": {name: {"mean": x} for name, x in means.items()},
-                "values": {name: x.mean(0).tolist() for name, x in values.items()}}
+                "scores": {name: {
+                    "mean": float(x.mean()), "se": float(x.std(ddof=len(x) > 1) / math.sqrt(len(x)))}
+                    for name, x in scores.items()},
+                "values": {name: x.tolist() for name, x in scores.items()}}
             cli.write_atomically(path, json.dumps({"made_from": made_from, "scores": kept}).encode())
-            cli.say(f"{run.folder}: {title}, {what} {means[first]:.3f} ({time.perf_counter() - began:.0f} s)")
+            seconds = time.perf_counter() - began
+            cli.say(f"{run.folder}: {title}, {what} {scores[first].mean():.3f} ({seconds:.0f} s)")
             began = time.perf_counter()
     except (ValueError, OSError) as error:
         raise Stop(f"{run.folder}: {error}") from None

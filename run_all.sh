@@ -82,7 +82,7 @@ train() {
     for seed in ${SEEDS:-0}; do for objective in $objectives; do for sampler in $samplers; do
       name=${quick:-$own$dataset}-$sampler-$objective resume="" taken=""
       case ${quick:-$sampler} in osgd | spectral*) taken="--embeddings list" ;; esac  # as the authors did
-      if [ "$seed" != 0 ]; then name+=-seed$seed; fi
+      if [ "$seed" != 0 ]; then name+=-$seed; fi
       if [ -e "runs/$name/checkpoint.pt" ] && [ -z "$fresh" ]; then resume=--resume; fi
       step "$name" "runs/$name/result.json" train.py --dataset "$dataset" --sampler "$sampler" \
         --objective "$objective" --seed "$seed" $taken ${size:+--image-size $size} ${TRAIN_FLAGS:-} \
@@ -98,7 +98,7 @@ retrieval() {  # of all runs that have ended
     if [ -z "$quick" ] && [ -d "$data/$official" ]; then corrupted=official; fi
     step "retrieval-$name" "results/$name/retrieval.json" retrieval.py --curve --recalibrate --histograms \
       --corruptions $corrupted --data-dir "$data" --out "results/$name" \
-      $(dirname "runs/$name"-*/result.json | grep -v -e -seed0)  # which are train.py's own default folders
+      $(dirname "runs/$name"-*/result.json | grep -v -e -seed)  # which are train.py's own default folders
   done
 }
 

@@ -176,7 +176,9 @@ class Journal:
         """The record of where the run began, with this process added to it."""
         made_by = {name: record[name] for name in ("command", "commit", "device", "time", "versions")}
         with contextlib.suppress(OSError, ValueError):
+            data_dir = record["knobs"]["data_dir"]  # they may have moved
             record = json.loads((self.folder / "config.json").read_text())
+            record["knobs"]["data_dir"] = data_dir
         record["resumed"].append({"step": self.state["step"], **made_by})
         return record
 

@@ -378,7 +378,7 @@ def train(knobs: dict) -> None:
     settings = {name: value for name, value in knobs.items() if name not in FREE_ON_RESUME}
     settings |= {"images": n, "digest": digest, "processes": processes}
     record = {"knobs": knobs, "images": n, "validation_images": len(val_images), "steps": journal.total_steps,
-              "resumed": [], **provenance(device)}
+              "processes": processes, "resumed": [], **provenance(device)}
     if knobs["resume"]:
         saved = read_checkpoint(folder, settings)
         step.load_state_dict(saved)

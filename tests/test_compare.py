@@ -1,6 +1,7 @@
 """Tests of compare.py on made-up scores and runs, where the difference is known.  Run: pytest
 tests/test_compare.py"""
 import gzip
+import itertools
 import math
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import train
 from test_retrieval import refusal
 
 KNOBS = {name: default for name, (default, *_) in train.KNOBS.items()} | {
-    "limit": 64, "image_size": 32, "batch_size": 32}
+    "limit": 64, "image_size": 32, "batch_size": 32, "lr": 0.4243, "epochs": 1}
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 6])
@@ -64,7 +65,7 @@ def test_pairs():
 
 def made_up_run(sampler, seed, log=({"R1": 0.5},), values=None, digest="", **knobs):
     """A run whose log, and scores of a task "two views", are as given."""
-    usual = {"step": 9, "seconds_training": 10.0 + seed, "seconds_selecting": 2.0}
+    usual = {"epoch": 1.0, "step": 9, "seconds_training": 10.0 + seed, "seconds_selecting": 2.0}
     run = compare.Run(Path(f"{sampler}-{seed}"), {**KNOBS, "sampler": sampler, "seed": seed, **knobs}, {},
                       [{**usual, **line} for line in log])
     if values is None:
@@ -80,30 +81,34 @@ def test_groups_have_short_names():
              ("refined", {"embeddings": "fresh", "k": 32, "select_after": 3}),
              ("refined", {"embeddings": "free", "k": 16, "batch_size": 64, "lr": 0.6}),
              ("random", {"batch_size": 128, "lr": 0.85}),
+             ("random", {"batch_size": 128, "lr": 1.7}),
              ("spectral-released", {"k": 40}), ("spectral-released", {"k": 40, "embeddings": "list"})]
     runs = [made_up_run(sampler, seed, **knobs, out_dir=str(seed), step=seed) for seed in (0, 1)
             for sampler, knobs in kinds]
     groups = compare.group_runs(runs)
+    usual = "batch-size 32, lr 0.4243"
     assert list(groups) == [
-        "random, batch-size 32", "random, dcl", "osgd, batch-size 32", "refined, free, batch-size 32",
-        "refined, fresh, batch-size 32", "refined, fresh, batch-size 32, select-after 3",
-        "refined, free, batch-size 64", "random, batch-size 128", "spectral-released, batch-size 32",
-        "spectral-released, list, batch-size 32"]
-    assert groups["random, dcl"] == [1, 11]
+        f"random, {usual}", f"random, dcl, {usual}", f"osgd, {usual}", f"refined, free, {usual}",
+        f"refined, fresh, {usual}", f"refined, fresh, {usual}, select-after 3",
+        "refined, free, batch-size 64, lr 0.6", "random, batch-size 128, lr 0.85",
+        "random, batch-size 128, lr 1.7", f"spectral-released, {usual}", f"spectral-released, list, {usual}"]
+    assert groups[f"random, dcl, {usual}"] == [1, 12]
 
     def first(name):
         return next(iter(compare.baseline_first(groups, runs, name)))
-    assert [first(x) for x in (None, "random, dcl")] == ["random, batch-size 32", "random, dcl"]
-    del groups["random, batch-size 32"], groups["random, batch-size 128"]
-    assert first(None) == "random, dcl"
-    with pytest.raises(compare.Stop, match="did you mean random, dcl"):
-        first("random dcl")
+    for name, expected in (None, f"random, {usual}"), (2 * (f"random, dcl, {usual}",)):
+        assert first(name) == expected
+    for name in [x for x in groups if x.startswith("random, ") and "dcl" not in x]:
+        del groups[name]
+    assert first(None) == f"random, dcl, {usual}"
+    with pytest.raises(compare.Stop, match="did you mean random, dcl, batch"):
+        first("random dcl batch-size 32 lr 0.4")
     with pytest.raises(compare.Stop, match="osgd-1 and osgd-1 have the same settings and seed"):
         compare.group_runs(runs + [made_up_run("osgd", 1, k=32, q=8)])
     short = made_up_run("osgd", 2, [{"step": 4, "R1": 0}], k=32, q=8, max_steps=4)  # so no seed of theirs
-    assert list(compare.group_runs([runs[2], runs[12], short])) == ["osgd, steps 9", "osgd, steps 4"]
+    assert list(compare.group_runs([runs[2], runs[13], short])) == ["osgd, steps 9", "osgd, steps 4"]
     new = made_up_run("osgd", 1, k=32, q=8, colour="blue")  # of a commit that has more
-    assert list(compare.group_runs([runs[12], new])) == ["osgd", "osgd, blue"]
+    assert list(compare.group_runs([runs[13], new])) == ["osgd", "osgd, blue"]
 
 
 def test_table_says_what_the_interval_is_over():
@@ -194,7 +199,7 @@ def test_cost_to_a_target():
 def test_whole_schedules():
     """Ends of 6, 12 and 24 epochs: random's at 60, 120, 240 s; osgd's as good in 0.4 of these seconds."""
     def run(sampler, epochs, seed, second):
-        log = [{"step": e, "seconds_training": second * e, "seconds_selecting": 0.0,
+        log = [{"epoch": e, "step": e, "seconds_training": second * e, "seconds_selecting": 0.0,
                 "R1": math.log2(epochs) / 10 * e / epochs + seed / 100} for e in range(1, epochs + 1)]
         return made_up_run(sampler, seed, log, epochs=epochs)
     runs = [run(sampler, epochs, seed, second) for sampler, lengths, second in (
@@ -209,9 +214,26 @@ def test_whole_schedules():
     rows = {line.split("  ")[0]: line.split() for line in compare.schedules_text(lines).splitlines()}
     assert rows["osgd, epochs 12"][-4:] == ["2", "36.3", "48", "0.40"]
     assert rows["osgd, epochs 48"][-1] == "192"
+    cut = [x._replace(log=x.log[:e]) for x in runs[:2] for e in (3, 5)]
+    cut = [x._replace(knobs=x.knobs | {"max_steps": len(x.log)}) for x in cut]
+    older = [x._replace(knobs={k: v for k, v in x.knobs.items() if k != "lowest"}) for x in runs[2:4]]
+    again = compare.schedules(some := [*runs[:2], *older, *cut], compare.group_runs(some))
+    assert [x["seconds"] for ends in again.values() for x in ends] == [60, 120]  # no cut one, one line
     others = [x._replace(knobs=x.knobs | {"lr": x.knobs["epochs"] / 10}) for x in runs]
     for none in runs[:2] + runs[6:8], others:  # one schedule of each; of other settings
         assert compare.schedules(none, compare.group_runs(none)) == {}
+
+
+def test_equal_ends_can_be_drawn():
+    for n, r in itertools.product((3, 5, 7), np.arange(21) / 20):
+        compare.draw_schedules({"random": [{"seconds": 1.0, "R1": [r] * n}, {"seconds": 2.0, "R1": [r] * n}]})
+
+
+def test_images_are_those_of_all_processes():
+    runs = [made_up_run("random", 0), made_up_run("random", 0, processes=2)]
+    found = compare.curves(runs, compare.group_runs(runs))
+    assert {name: x["images"] for name, x in found.items()} == {
+        "random": [9 * 32], "random, processes 2": [9 * 64]}
 
 
 # -------------------------------------------------------------------------------- the file
@@ -224,9 +246,20 @@ def test_files_that_are_refused(tmp_path, capsys, monkeypatch):
     a, b = (made_up_run(x, 0, values=values, digest=x) for x in ("random", "osgd"))
     assert "different images" in refused(a, b)
     assert "image_size" in refused(a, made_up_run("osgd", 0, values=values, image_size=64))
-    assert "same settings and seed" in refused(a, a)
+    assert "same settings and seed" in refused(a, a._replace(log=[{**a.log[0], "R1": 0.4}]))
     for change in (lambda x: x[:-9], lambda x: b"text", lambda x: gzip.compress(b'{"runs": [{}]}')):
         assert "give a file that retrieval.py --export wrote" in refused(a, change=change)
     assert "No such file" in refusal(capsys, monkeypatch, tmp_path / "absent", script=compare)
     assert "name a file" in refusal(capsys, monkeypatch, script=compare)
     assert "did you mean" in refusal(capsys, monkeypatch, "x", "--targt", "1", script=compare)
+
+
+def test_a_run_of_two_files_counts_once(tmp_path, capsys):
+    values, files = {"R1": np.ones(30)}, [tmp_path / "a", tmp_path / "b"]
+    runs = [made_up_run("random", seed, values=values)._replace(made_by={"device": f"card {seed // 2}"})
+            for seed in range(3)]
+    for file, those in zip(files, (runs[:2], runs[1:])):
+        file.write_bytes(compare.export(those))
+    compare.main([*map(str, files), "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "\nrandom      3  100.0" in out and "seconds are of card 0 and card 1: do not compare them" in out

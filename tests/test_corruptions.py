@@ -60,6 +60,8 @@ def test_cifar_100_c(tmp_path):
     assert x[:, 0, 2, 0, 0].tolist() == [2, 0]
     np.save(folder / "fog.npy", np.zeros((15, 32, 32), np.uint8))
     refused(r"fog.npy is uint8 \(15, 32, 32\), not uint8 \(15, 32, 32, 3\)", *words)
+    (folder / "fog.npy").write_bytes(b"")  # the disk was full
+    refused("CIFAR-100-C is empty: get it again", *words)
     (folder / "fog.npy").unlink()
     refused("fog.npy", *words)
     shutil.rmtree(folder)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -358,6 +359,16 @@ def test_unwritable_data_folder(tmp_path, monkeypatch):
     assert len(list((tmp_path / "xdg/minibatch-contrastive").iterdir())) == 3
     monkeypatch.setattr(data, "decode", lambda *a: pytest.fail("decoded again"))
     assert torch.equal(data.load("folder", "train", photos)[0], x)
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    photos = make_photos(tmp_path)
+    for name, age in ("tmp_old", 90_000), ("tmp_of_now", 60):
+        (folder := photos / ".cache-minibatch" / name).mkdir(parents=True)
+        (folder / "zip").write_text("a part")
+        os.utime(folder, 2 * (time.time() - age,))
+    data.load("folder", "train", photos)
+    assert [x.name for x in (photos / ".cache-minibatch").glob("tmp*")] == ["tmp_of_now"]
 
 
 def test_full_disk(tmp_path, monkeypatch):

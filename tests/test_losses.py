@@ -136,6 +136,19 @@ def test_losses_at_low_temperatures(name, temperature, autocast):
     assert all(a.grad.abs().max() > 0.01 for a in single)
 
 
+def test_gradient_of_dcl_is_that_of_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = (torch.randn(5, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in "ab")
+    z = torch.cat([z1, z2])
+    s = (z / z.norm(dim=1, keepdim=True)) @ (z / z.norm(dim=1, keepdim=True)).T / 0.2
+    terms = [sum(s[i, j].exp() for j in range(10) if j % 5 != i % 5).log() - s[i, (i + 5) % 10]
+             for i in range(10)]
+    expected = torch.autograd.grad(sum(terms) / 10, (z1, z2))
+    for a, b in zip(torch.autograd.grad(dcl(z1, z2, 0.2), (z1, z2)), expected):
+        torch.testing.assert_close(a, b)
+        assert a.abs().max() > 0.01
+
+
 @pytest.mark.parametrize("scale, dtype", [*((x, torch.float32) for x in (1e19, 1e30, 1e-13, 1e-30)),
                                           (1e200, torch.float64), (1e-200, torch.float64)])
 @pytest.mark.parametrize("loss", [nt_xent, dcl, hcl, lambda a, b: SogCLRLoss(9)(a, b, torch.arange(len(a)))])

@@ -109,6 +109,16 @@ def test_one_seed_settles_nothing_and_the_newest_evaluation_leads(full):
     assert not any("Cifar100: osgd" in cell for cells in rows for cell in cells)
 
 
+def test_of_retrieval_s_own_folder_and_of_one_group(full):
+    one = [row("refined", None, None, "baseline", 1) | {"R1_inner_product": 0.2345}]
+    write(full[0] / "retrieval.json", EVALUATION | {
+        "two views": one, "cost": [{"group": "refined", "target": 0.4567}],
+        "time": "2026-03-05T05:06:07+0000"})
+    words, rows, _ = read(full)
+    assert "find their other view first (R@1) (one seed, which settles nothing)." in words
+    assert any("23.4" in cells or "23.5" in cells for cells in rows) and ["refined", "45.7"] in rows
+
+
 def test_nothing_there_is_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.Stop, match="results/report.html: No such file or directory"):

@@ -214,6 +214,11 @@ def test_a_folder_that_exists_is_no_pattern(runs, tmp_path, capsys):
                         ("seed*", ["seed1", "seed[1]"]), ("a[1]/*", ["a[1]/seed2"])):
         assert [run.folder for run in compare.read_runs([str(tmp_path / word)])] == [
             tmp_path / x for x in found], word
+    (tmp_path / "picture.png").write_text("")  # the shell's * gives it, too
+    words = [str(tmp_path / x) for x in ("picture.png", "seed1")]
+    assert [run.folder.name for run in compare.read_runs(words)] == ["seed1"]
+    with pytest.raises(compare.Stop, match="picture.png is no folder"):
+        compare.read_runs(words[:1])
     retrieval.main(small(tmp_path / "out", tmp_path / "seed[1]"))
     assert "seed[1]: two views, 64 images" in capsys.readouterr().out
     assert [path.parent.name for path in tmp_path.rglob("results.json")] == ["seed[1]"]
@@ -240,6 +245,7 @@ def test_scores_are_those_of_a_plain_loop(runs):
     for name, x in (("R1", r == 1), ("R5", r <= 5), ("R10", r <= 10), ("mrr", 1 / r), ("rank", r)):
         np.testing.assert_allclose(values[name], x.mean(0))
         assert scored["scores"][name]["mean"] == pytest.approx(x.mean())
+        assert scored["scores"][name]["se"] == pytest.approx(np.std(x.mean(0), ddof=1) / 8)
     np.testing.assert_allclose(values["R1_inner_product"], (np.array(ranks[""]) == 1).mean(0))
     assert scored["parts"] == 4 and scored["images"] == 64
 

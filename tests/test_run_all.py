@@ -209,7 +209,7 @@ def test_the_papers_runs(repo):
     lines = listed(repo, "--full", "--own-size", "train", "retrieval", **chosen)
     del lines[3], lines[0]  # which decode
     assert [line.split()[-1] for line in lines[:4]] == [
-        f"runs/own-{d}-refined-simclr{s}" for d in ("cifar100", "tinyimagenet") for s in ("", "-seed1")]
+        f"runs/own-{d}-refined-simclr{s}" for d in ("cifar100", "tinyimagenet") for s in ("", "-1")]
     assert "--seed 1 --image-size 64 --epochs 3 --data-dir data " in lines[3]
     assert lines[4].endswith("--out results/own-cifar100 runs/own-cifar100-*")
 

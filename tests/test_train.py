@@ -19,6 +19,7 @@ import cli
 import runfolder
 import train
 from rivals import released_spectral
+from samplers import ContrastiveBatchSampler, batch_losses
 
 
 def quick(leaves, out, *flags):
@@ -113,6 +114,22 @@ def test_killed_and_resumed_run_is_the_same_bit_for_bit(sampler, objective, unse
         assert all(line["chosen_loss"] > line["random_loss"] for line in logs[0])
     if objective == "sogclr":
         assert a["sogclr"]["log_u"].isfinite().any() and a["sogclr"]["log_u"].shape == (40,)
+
+
+@pytest.mark.parametrize("objective, loss", [("dcl", "dcl"), ("simclr", "nt_xent"), ("sogclr", "nt_xent")])
+def test_osgd_scores_a_batch_by_what_is_trained_on(objective, loss, leaves, tmp_path, monkeypatch):
+    chosen, choose = [], ContrastiveBatchSampler._choose
+
+    def remembered(self):
+        out = choose(self)
+        u, v, rows, _, local = self.last
+        losses = batch_losses(u, v, local, 0.1, loss)
+        chosen.append([rows[x].tolist() for x in local[losses.argsort(stable=True)[-2:]]] == out)
+        return out
+    monkeypatch.setattr(ContrastiveBatchSampler, "_choose", remembered)
+    train.main(quick(leaves, tmp_path / "run", "--objective", objective, "--sampler", "osgd", "--k", "5",
+                     "--q", "2", "--max-steps", "8", "--checkpoint-minutes", "10"))
+    assert chosen and all(chosen)
 
 
 def trained_on(leaves, out, monkeypatch, *flags):
@@ -329,7 +346,8 @@ def test_resume_refuses_other_data(tmp_path, capsys):
     pictures.rename(tmp_path / "moved")
     argv[argv.index(str(pictures))] = str(tmp_path / "moved")
     again = start([*argv, "--resume", "--max-steps", "2"], tmp_path / "out.txt")
-    assert finish(again) == 0  # the same, elsewhere
+    assert finish(again) == 0  # the same, elsewhere, which an evaluation is told
+    assert str(tmp_path / "moved") in (tmp_path / "run" / "config.json").read_text()
     for i in range(12):  # in any split
         Image.new("RGB", (40, 40), (i, 0, 1)).save(tmp_path / "moved" / f"{i}.png")
     line = refusal(capsys, *argv, "--resume", "--max-steps", "3")
