@@ -33,6 +33,7 @@ NOT_COMPARED = {"seed", "data_dir", "out_dir", "device", "precision", "compile",
                 "max_steps", "log_every", "checkpoint_minutes"}
 SAME_VIEWS = ("dataset", "source_size", "image_size", "crop_scale", "jitter", "skip_broken")
 FEWEST = 20  # images that a verdict takes
+DASHES = "-", "--", ":", "-.", (0, (6, 1)), (0, (1, 4)), (0, (6, 2, 1, 2, 1, 2)), (0, (2, 1))
 
 
 # -------------------------------------------------------------------------------- runs and files
@@ -120,15 +121,13 @@ def group_runs(runs: list[Run]) -> dict[str, list[int]]:
     chosen = [own for own in knobs if own["sampler"] != "random"]  # which alone has no embeddings
     differ = {name for name, those in (("objective", knobs), ("embeddings", chosen), ("batch_size", knobs))
               if len({own.get(name) for own in those}) > 1}
-    if any(one["batch_size"] == other["batch_size"] and one.get("lr") != other.get("lr")
-           for one, other in itertools.combinations(knobs, 2)):
-        differ.add("lr")
     for members in sorted(groups.values(), key=min):
         own, peers, words = knobs[members[0]], [knobs[x[0]] for x in groups.values()], []
-        for name in order:  # these four where any runs differ; of others what it takes to tell groups apart
+        rates = {peer.get("lr") for peer in knobs if peer["batch_size"] == own["batch_size"]}
+        for name in order:  # these three where any runs differ; of others what it takes to tell groups apart
             x = own.get(name)
             alike = [peer for peer in peers if peer.get(name) == x]
-            told = len(alike) < len(peers) or (
+            told = len(alike) < len(peers) or name == "lr" and len(rates) > 1 or (
                 name in differ and (name != "embeddings" or own["sampler"] != "random"))
             if name == "sampler" or told and x not in (None, "simclr"):
                 value = f" {x:.4g}" if isinstance(x, float) else f" {x}"
@@ -358,9 +357,9 @@ def draw_curves(found: dict[str, dict], samplers: list[str], target: float):
     figure, axes = cli.canvas(1, 2, 7.2, 2.7 + 0.18 * math.ceil(len(found) / columns), sharey=True)
     for axis, at in zip(axes[0], ("images", "seconds")):
         for i, ((group, x), sampler) in enumerate(zip(found.items(), samplers)):
-            style = ("-", "--", ":", "-.")[samplers[:i].count(sampler) % 4]  # of the variants of one sampler
+            style = DASHES[samplers[:i].count(sampler) % len(DASHES)]  # of the variants of one sampler
             y, colour = 100 * np.array(x["R1"]), cli.COLOURS.get(sampler, "black")
-            axis.plot(x[at], y.mean(0), style, color=colour, label=group)
+            axis.plot(x[at], y.mean(0), linestyle=style, color=colour, label=group)
             axis.fill_between(x[at], y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
         axis.axhline(100 * target, color="black", linewidth=0.6, linestyle=":")
         axis.set(xlabel="images seen" if at == "images" else "seconds of training and selecting")

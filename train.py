@@ -72,7 +72,8 @@ KNOBS = {
                    "its turn comes; list: all images when a permutation is drawn, as the authors' code does; "
                    "free: what the steps computed when they last saw each image, the first epoch random "
                    "(default: refined free, others fresh)"),
-    "k": (None, "int >= 1", "batches a selection looks at (default: osgd 1500, others 40; deadleaves <= 40)"),
+    "k": (None, "int >= 1", "batches a selection looks at (default: osgd 1500, others 40; deadleaves half of "
+          "all, at most 40)"),
     "q": (None, "int >= 1", "batches that osgd keeps of k (default: 150; deadleaves k / 4); others keep all"),
     "lowest": (False, bool, "osgd keeps the batches of lowest loss instead"),
     "select_after": (0, "int >= 0", "random batches for n epochs, then chosen ones"),
@@ -134,8 +135,8 @@ def settle(argv: list[str]) -> dict:
         raise Stop(f"--{min(needless).replace('_', '-')} means nothing to --sampler {sampler}: leave it out")
     knobs["embeddings"] = knobs["embeddings"] or ("free" if sampler == "refined" else "fresh")
     if method != "random":
-        every = min(40, max(1, knobs["limit"] // knobs["batch_size"])) if quick else None
-        knobs["k"] = knobs["k"] or every or (1500 if by_loss else 40)
+        half = max(1, min(40, knobs["limit"] // knobs["batch_size"] // 2)) if quick else None
+        knobs["k"] = knobs["k"] or half or (1500 if by_loss else 40)
     if by_loss:
         knobs["q"] = knobs["q"] or (max(1, knobs["k"] // 4) if quick else min(knobs["k"], 150))
         if knobs["q"] > knobs["k"]:

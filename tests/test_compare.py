@@ -90,7 +90,7 @@ def test_groups_have_short_names():
     assert list(groups) == [
         f"random, {usual}", f"random, dcl, {usual}", f"osgd, {usual}", f"refined, free, {usual}",
         f"refined, fresh, {usual}", f"refined, fresh, {usual}, select-after 3",
-        "refined, free, batch-size 64, lr 0.6", "random, batch-size 128, lr 0.85",
+        "refined, free, batch-size 64", "random, batch-size 128, lr 0.85",
         "random, batch-size 128, lr 1.7", f"spectral-released, {usual}", f"spectral-released, list, {usual}"]
     assert groups[f"random, dcl, {usual}"] == [1, 12]
 
