@@ -44,7 +44,7 @@ class Run(NamedTuple):
     log: list[dict]  # a line an epoch
     # By title of a table: images, their number; images_digest; values by score, in 0 to 1, of each image
     # [images] or the mean alone [1], the first, of `parts` zeros and ones, judges; scores, of
-    # each {"mean", "se"}, its standard error over the images.
+    # each {"mean", "se"}, its standard error over the images (not in older files).
     scores: dict[str, dict] = {}
 
 
@@ -412,7 +412,11 @@ def main(argv: list[str]) -> None:
     if not knobs["files"]:
         raise Stop("name a file of retrieval.py --export, such as: python compare.py results/runs.json.gz")
     runs = [run for word in knobs["files"] for run in read_file(cli.expand(word))]
-    runs = list({json.dumps([run.knobs, run.log]): run for run in runs}.values())  # two files may hold it
+    once = {}
+    for run in runs:  # two files may hold it
+        key = json.dumps([run.knobs, run.log])
+        once[key] = run._replace(scores=once.get(key, run).scores | run.scores)
+    runs = list(once.values())
     groups = baseline_first(group_runs(runs), runs, knobs["baseline"])
     out = made(knobs["out"])
     show(runs, groups, knobs["target"], out / "curve")

@@ -451,8 +451,8 @@ class ContrastiveBatchSampler(BatchSampler):
     method: "spectral" (Algorithm 1): a permutation of the n samples is taken in windows of k * B samples,
     each split into k hard batches; "osgd" (6): of each k batches of a permutation the q of highest, or
     `lowest`, loss; "osgd-replacement" (5): of k batches drawn anew from all samples; "random" (4); or a
-    function (u, v, batch_size, k, temperature, generator) -> batches [m, B] of the window's rows.  k: half of
-    the n // B batches, at most 40; q: a tenth of k.  refine, exclude, relative_margin, loss, temperature:
+    function (u, v, batch_size, k, temperature, generator) -> batches [m, B] of the window's rows.  k: 40, or
+    n // B if that is less; q: a tenth of k.  refine, exclude, relative_margin, loss, temperature:
     as in spectral_batches, select_by_loss. The first random_epochs are random.  u, v [m, d] come from
     - embed(indices [m]), without gradients, embed_size samples a call; set the encoder to eval mode in it.
       Each window is embedded in its turn or, at_once, all samples whenever a permutation is drawn
@@ -478,7 +478,7 @@ class ContrastiveBatchSampler(BatchSampler):
                  rank: int = 0, world_size: int = 1, loss: str = "nt_xent", random_epochs: int = 0,
                  at_once: bool = False, ahead: bool = False, embed_size: int = 256):
         n, B, _ = _check_size(num_samples, batch_size)
-        k = min(40, (n // B + 1) // 2) if k is None else k
+        k = min(40, n // B) if k is None else k
         k = _integer("k", k, 1) if method == "osgd-replacement" else _check_size(n, B, k)[2]
         by_loss, spectral = method in ("osgd", "osgd-replacement"), method == "spectral"
         if not by_loss and not spectral and method != "random" and not callable(method):

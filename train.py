@@ -135,7 +135,8 @@ def settle(argv: list[str]) -> dict:
         raise Stop(f"--{min(needless).replace('_', '-')} means nothing to --sampler {sampler}: leave it out")
     knobs["embeddings"] = knobs["embeddings"] or ("free" if sampler == "refined" else "fresh")
     if method != "random":
-        half = max(1, min(40, knobs["limit"] // knobs["batch_size"] // 2)) if quick else None
+        every = knobs["limit"] // knobs["batch_size"] if quick else 0
+        half = min(40, max(1, min(2, every), every // 2)) if quick else None
         knobs["k"] = knobs["k"] or half or (1500 if by_loss else 40)
     if by_loss:
         knobs["q"] = knobs["q"] or (max(1, knobs["k"] // 4) if quick else min(knobs["k"], 150))

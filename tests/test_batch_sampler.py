@@ -349,7 +349,7 @@ def test_bad_arguments_are_refused():
         ({"method": "hard"}, "method is 'hard'", "'spectral'", "'osgd'"),
         *(({"method": x, "q": 2}, f"'{x}', q 2", "'osgd'") for x in ("spectral", "random")),
         ({"lowest": True}, "'spectral'", "lowest True", "'osgd'"),
-        *(({"method": "osgd", "q": q}, f"q is {q} with k = 3", "from 1 to 3") for q in (0, 6)),
+        *(({"method": "osgd", "q": q}, f"q is {q} with k = 5", "from 1 to 5") for q in (0, 6)),
         ({"temperature": 0}, "temperature is 0", "> 0"),
         ({"num_samples": 20.}, "number of samples is 20.0", "an integer"),
         *(({name: 8.5}, f"{name} is 8.5", "an integer") for name in ("k", "seed", "embed_size")),
@@ -370,7 +370,7 @@ def test_bad_arguments_are_refused():
         *(({"world_size": w}, f"world_size is {w}", "from 1 to 5") for w in (0, 6)),
     ]:
         refused(lambda: ContrastiveBatchSampler(**{"num_samples": 20, "batch_size": 4} | words), *parts)
-    assert [ContrastiveBatchSampler(n, 4).k for n in (4, 20, 500)] == [1, 3, 40]
+    assert [ContrastiveBatchSampler(n, 4).k for n in (20, 500)] == [5, 40]
     assert [ContrastiveBatchSampler(n, 4, "osgd").q for n in (20, 500)] == [1, 4]
 
 

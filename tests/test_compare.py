@@ -258,8 +258,9 @@ def test_a_run_of_two_files_counts_once(tmp_path, capsys):
     values, files = {"R1": np.ones(30)}, [tmp_path / "a", tmp_path / "b"]
     runs = [made_up_run("random", seed, values=values)._replace(made_by={"device": f"card {seed // 2}"})
             for seed in range(3)]
-    for file, those in zip(files, (runs[:2], runs[1:])):
+    more = [x._replace(scores=x.scores | {"more": x.scores["two views"]}) for x in runs]
+    for file, those in zip(files, (more[:2], [runs[1], more[2]])):
         file.write_bytes(compare.export(those))
     compare.main([*map(str, files), "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "\nrandom      3  100.0" in out and "seconds are of card 0 and card 1: do not compare them" in out
+    assert out.count("\nrandom      3  100.0") == 2 and "seconds are of card 0 and card 1: do not compare them" in out

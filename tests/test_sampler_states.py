@@ -226,5 +226,5 @@ def test_a_state_of_another_sampler_is_refused():
         words = {"num_samples": N, "batch_size": B, "seed": 4} | words
         refused(lambda: ContrastiveBatchSampler(**words).load_state_dict(state), *parts)
     osgd = make("osgd", q=2).state_dict()
-    refused(lambda: make("osgd").load_state_dict(osgd), "q is 1", "q 2")
+    refused(lambda: make("osgd").load_state_dict(osgd), "q is 3", "q 2")
     make(seed=4, ahead=True).load_state_dict(state)

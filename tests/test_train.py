@@ -436,6 +436,11 @@ def test_knobs_go_by_what_a_sampler_does_not_by_its_name(monkeypatch, capsys):
         train.settle(["--sampler", "osgd-mine", "--q", "2"])
 
 
+def test_windows_of_generated_images_are_half_of_them():
+    k = {n: train.settle(["--limit", str(8 * n), "--batch-size", "8"])["k"] for n in (1, 2, 3, 5, 16, 64, 99)}
+    assert k == {1: 1, 2: 2, 3: 2, 5: 2, 16: 8, 64: 32, 99: 40}
+
+
 def test_the_journal_estimates(tmp_path, capsys):
     """Images a second; and the time of a run that is to select first for an hour, after seconds."""
     knobs = train.settle("--dataset tinyimagenet --sampler osgd --k 1500 --q 150 --max-steps 60".split())
