@@ -249,7 +249,8 @@ def curves(runs: list[Run], groups: dict[str, list[int]]) -> dict[str, dict]:
     found = {}
     for group, members in groups.items():
         logs = [{line["step"]: line for line in runs[i].log} for i in members]
-        own, steps = runs[members[0]].knobs, sorted(set.intersection(*map(set, logs)))  # of all, if stopped
+        own = runs[members[0]].knobs
+        steps = sorted(set.intersection(*map(set, logs)))  # of all, wherever one was stopped
         seconds = [[log[x]["seconds_training"] + log[x]["seconds_selecting"] for x in steps] for log in logs]
         found[group] = {"seeds": [runs[i].knobs["seed"] for i in members],
                         "images": [x * own["batch_size"] * own.get("processes", 1) for x in steps],

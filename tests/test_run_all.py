@@ -212,6 +212,11 @@ def test_the_papers_runs(repo):
         f"runs/own-{d}-refined-simclr{s}" for d in ("cifar100", "tinyimagenet") for s in ("", "-1")]
     assert "--seed 1 --image-size 64 --epochs 3 --data-dir data " in lines[3]
     assert lines[4].endswith("--out results/own-cifar100 runs/own-cifar100-*")
+    for name in "-random-dcl", "-random-dcl-1", "-random-dcl-seed0", "-random-dcl-seed1":  # two of train.py's
+        (repo / f"runs/cifar100{name}").mkdir(parents=True)
+        (repo / f"runs/cifar100{name}/result.json").write_text("1")
+    words = listed(repo, "--full", "retrieval")[0].split()
+    assert {x for x in words if "runs/" in x} == {f"runs/cifar100-random-dcl{s}" for s in ("", "-1")}
 
 
 @pytest.mark.parametrize("name", ["tiny-imagenet-200-half.zip", "cifar-100-python.tar.gz"])
